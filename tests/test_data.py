@@ -1,0 +1,325 @@
+"""data.py: what counts as an image, how datasets lie on the disk, and a split that does not leak."""
+
+import csv
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_classes, draw_letter, hash_folder
+from PIL import Image
+
+import data
+import run
+from data import UserError
+
+CONFIGS = run.read_configs()
+STRATIFIED, BLOCKS = {"rule": "stratified", "val": 0.1, "test": 0.2}, {"rule": "blocks", "blocks": 20, "val": 0.1,
+                                                                      "test": 0.2}
+
+
+def load(name, root, **changes):
+    return data.load_dataset(name, {**CONFIGS["datasets"][name], **changes}, root)
+
+
+def parts_of(dataset, split):
+    number = {image_id: i for i, image_id in enumerate(dataset.ids)}
+    return {part: [number[i] for i in split[part]] for part in data.PARTS}
+
+
+# --- images
+
+
+def grey_ramp(dtype, top):
+    return (np.linspace(0, 1, 64).reshape(1, 64).repeat(64, 0) * top).astype(dtype)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "PA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
+def test_every_kind_of_image_becomes_the_same_rgb_picture(mode, tmp_path):
+    ramp = Image.fromarray(grey_ramp(np.uint8, 255))
+    file = tmp_path / ("ramp.tif" if mode in ("CMYK", "YCbCr", "F", "I", "PA", "LA") else "ramp.png")
+    if mode in ("I;16", "I", "F"):
+        Image.fromarray(grey_ramp({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode],
+                                  {"I;16": 65535, "I": 65535, "F": 1}[mode])).save(file)
+    elif mode in ("PA", "HSV"):
+        file = None
+    else:
+        ramp.convert("RGB").convert(mode).save(file)
+    image = Image.open(file) if file else ramp.convert("RGB").convert(mode if mode == "HSV" else "P")
+    pixels = data.to_rgb(image, 32)
+    assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
+    expected = np.asarray(ramp.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(pixels.mean((0, 2)) - expected.mean((0, 2))).max() < (60 if mode == "1" else 12)
+
+
+def test_transparent_pixels_become_grey_so_that_neither_black_nor_white_drawings_vanish():
+    for ink in (0, 255):
+        image = Image.new("RGBA", (8, 8), (ink, ink, ink, 0))
+        image.paste((ink, ink, ink, 255), (0, 0, 4, 8))
+        pixels = data.to_rgb(image, 8)
+        assert (pixels[:, :4] == ink).all() and (pixels[:, 4:] == 128).all()
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.info["transparency"] = 0
+    palette.paste(1, (0, 0, 4, 8))
+    assert data.to_rgb(palette, 8)[0, 0].tolist() == [0, 255, 0] and data.to_rgb(palette, 8)[0, 7].tolist() == [128] * 3
+
+
+def test_an_exif_rotated_photograph_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste((255, 255, 255), (0, 0, 20, 20))  # left half white
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotate a quarter turn clockwise to see it upright
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    pixels = data.to_rgb(Image.open(tmp_path / "turned.jpg"), 16)
+    assert pixels[:6].mean() > 250 and pixels[10:].mean() < 5
+
+
+def test_a_broken_image_is_an_error_that_names_it(tmp_path):
+    draw_classes(tmp_path, frames=4)
+    (tmp_path / "B" / "B2.jpg").write_bytes((tmp_path / "B" / "B2.jpg").read_bytes()[:200])
+    for workers in (0, 1):
+        batches = data.Batches(found := load("folder", tmp_path), found.ids, 32, 4, torch.device("cpu"), workers)
+        with pytest.raises(UserError, match=r"^\S*/B/B2.jpg: cannot be read as an image \(.*\). Mend or remove it.$"):
+            list(batches)
+
+
+# --- layouts
+
+
+def test_the_digits_are_scikit_learns():
+    found = load("digits", None)
+    assert len(found) == 1797 and found.images.shape == (1797, 8, 8, 3) and found.images.max() == 255
+    assert np.bincount(found.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
+@pytest.mark.parametrize("above", ["", "asl", "a/b/c", "asl_alphabet_train/asl_alphabet_train"])
+def test_class_folders_are_found_at_any_depth(above, tmp_path):
+    draw_classes(tmp_path / above, frames=3)
+    (tmp_path / "__MACOSX" / "x").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "x" / "._A1.jpg").write_bytes(b"\0")
+    (tmp_path / above / "A" / ".DS_Store").write_bytes(b"\0")
+    found = load("asl", tmp_path)
+    assert found.classes == ["A", "B", "C"] and len(found) == 9
+    assert found.ids[0] == f"{above}/A/A1.jpg".lstrip("/")
+
+
+def test_asls_own_test_folder_holds_no_classes(asl):
+    assert load("asl", asl).classes == ["A", "B", "C"] and len(load("asl", asl)) == 30
+
+
+def test_train_val_and_test_folders_are_kept_as_they_are(tmp_path):
+    for part, frames in (("train", 6), ("valid", 2), ("test", 3)):
+        draw_classes(tmp_path / "set" / part, frames=frames)
+        for i, path in enumerate(sorted((tmp_path / "set" / part).rglob("*.jpg"))):
+            draw_letter(path.parent.name, 100 * frames + i).save(path)
+    found = load("folder", tmp_path)
+    split = data.make_split(found, STRATIFIED, seed=0)
+    assert {part: len(ids) for part, ids in split.items()} == {"train": 18, "val": 6, "test": 9}
+    assert all(i.startswith("set/valid/") for i in split["val"])
+    shutil.rmtree(tmp_path / "set" / "test")
+    split = data.make_split(load("folder", tmp_path), STRATIFIED, seed=0)
+    assert all(i.startswith("set/valid/") for i in split["test"]) and len(split["test"]) == 6
+    assert all(i.startswith("set/train/") for i in split["val"] + split["train"]) and len(split["val"]) == 3
+
+
+def test_a_csv_names_paths_and_labels(tmp_path):
+    draw_classes(tmp_path / "pictures", classes="AB", frames=5)
+    with open(tmp_path / "labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "kind"])
+        rows.writerows([f"pictures/{c}/{c}{i}.jpg", f"letter, {c}"] for c in "AB" for i in range(1, 6))
+    entry = {"layout": "csv", "csv": {"file": "labels.csv", "path": "file", "label": "kind"}}
+    found = load("folder", tmp_path, **entry)
+    assert found.classes == ["letter, A", "letter, B"] and len(found) == 10
+    with pytest.raises(UserError, match="labels.csv: no column 'label'; it has file, kind"):
+        load("folder", tmp_path, **{**entry, "csv": {**entry["csv"], "label": "label"}})
+    with open(tmp_path / "labels.csv", "a") as file:
+        file.write("../../etc/passwd,letter\n")
+    with pytest.raises(UserError, match="line 12: ../../etc/passwd leads out of"):
+        load("folder", tmp_path, **entry)
+
+
+def test_torchvisions_pets_are_read_from_the_disk(tmp_path):
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "images").mkdir(parents=True)
+    (base / "annotations").mkdir()
+    for part, first in (("trainval", 1), ("test", 21)):
+        lines = []
+        for label, breed in enumerate(("Abyssinian", "beagle"), start=1):
+            for i in range(first, first + 6):
+                draw_letter(breed, i).save(base / "images" / f"{breed}_{i}.jpg")
+                lines.append(f"{breed}_{i} {label} 1 1")
+        (base / "annotations" / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    found = load("pets", tmp_path)
+    assert found.classes == ["Abyssinian", "Beagle"]
+    split = data.make_split(found, STRATIFIED, seed=0)
+    assert {part: len(ids) for part, ids in split.items()} == {"train": 10, "val": 2, "test": 12}
+    assert split["test"][0] == "oxford-iiit-pet/images/Abyssinian_21.jpg"
+
+
+def test_torchvisions_cifar_and_caltech_are_read_from_the_disk(tmp_path, monkeypatch):
+    import pickle
+
+    from torchvision import datasets
+
+    base = tmp_path / "cifar-100-python"
+    base.mkdir()
+    for part, count in (("train", 300), ("test", 100)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
+        (base / part).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [i % 100 for i in range(count)]}))
+    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{i:02d}" for i in range(100)]}))
+    monkeypatch.setattr(datasets.CIFAR100, "_check_integrity", lambda self: True)  # these are not the real files
+    monkeypatch.setitem(datasets.CIFAR100.meta, "md5", None)
+    found = load("cifar100", tmp_path)
+    assert found.images.shape == (400, 32, 32, 3) and len(found.classes) == 100
+
+    for category in ("BACKGROUND_Google", "ant", "crab"):
+        folder = tmp_path / "caltech101" / "101_ObjectCategories" / category
+        folder.mkdir(parents=True)
+        for i in range(1, 6):
+            draw_letter(category, i).save(folder / f"image_{i:04d}.jpg")
+    (tmp_path / "caltech101" / "Annotations").mkdir()
+    found = load("caltech101", tmp_path)
+    assert found.classes == ["ant", "crab"] and len(found) == 10
+    batch, labels = next(iter(data.Batches(found, found.ids, 32, 4, torch.device("cpu"))))
+    assert batch.shape == (4, 3, 32, 32) and labels.tolist() == [0] * 4
+
+
+def test_what_is_missing_is_said_with_where_to_get_it(tmp_path):
+    where = re.escape(str(tmp_path / "gone"))
+    for name in ("asl", "pets", "folder"):
+        with pytest.raises(UserError, match=f"^dataset {name}: no folder {where}.*--data-dir DIR.$"):
+            load(name, tmp_path / "gone")
+    with pytest.raises(UserError, match="no images in .*https://www.kaggle.com/datasets/grassknoted/asl-alphabet"):
+        load("asl", tmp_path)
+    with pytest.raises(UserError, match="torchvision's OxfordIIITPet: Dataset not found.*download=True"):
+        load("pets", tmp_path)
+    draw_classes(tmp_path, classes="A")
+    with pytest.raises(UserError, match="holds 10 images but not two class folders of them"):
+        load("folder", tmp_path)
+
+
+# --- the split
+
+
+def test_the_split_is_stratified_and_the_same_every_time():
+    found = load("digits", None)
+    split = data.make_split(found, STRATIFIED, seed=3)
+    assert split == data.make_split(found, STRATIFIED, seed=3)
+    assert split != data.make_split(found, STRATIFIED, seed=4)
+    assert sorted(sum(split.values(), [])) == found.ids
+    for part, share in (("test", 0.2), ("val", 0.1)):
+        counts = np.bincount(found.labels[parts_of(found, split)[part]])
+        assert np.abs(counts - share * np.bincount(found.labels)).max() <= 1
+
+
+def test_copies_of_one_image_never_straddle_parts(tmp_path):
+    draw_classes(tmp_path, frames=12)
+    for letter in "ABC":
+        for i in range(1, 13):
+            shutil.copy(tmp_path / letter / f"{letter}{i}.jpg", tmp_path / letter / f"{letter}{i + 100}.jpg")
+    shutil.copy(tmp_path / "A" / "A1.jpg", tmp_path / "B" / "B999.jpg")
+    found = load("folder", tmp_path)
+    for rule in (STRATIFIED, BLOCKS):
+        for seed in range(5):
+            parts = parts_of(found, data.make_split(found, rule, seed))
+            contents = {part: {found.digests[i] for i in parts[part]} for part in parts}
+            assert not (contents["train"] & contents["val"] | contents["train"] & contents["test"]
+                        | contents["val"] & contents["test"])
+
+
+def test_a_held_out_copy_is_taken_out_of_an_official_training_part(tmp_path):
+    draw_classes(tmp_path / "train", frames=8)
+    (tmp_path / "test").mkdir()
+    for letter in "ABC":
+        (tmp_path / "test" / letter).mkdir()
+        shutil.copy(tmp_path / "train" / letter / f"{letter}3.jpg", tmp_path / "test" / letter / "x.jpg")
+    split = data.make_split(load("folder", tmp_path), STRATIFIED, seed=0)
+    assert len(split["test"]) == 3 and not any(i.endswith("3.jpg") for i in split["train"] + split["val"])
+
+
+def test_asls_split_takes_blocks_of_consecutive_frames(tmp_path):
+    for letter in "AB":
+        (tmp_path / letter).mkdir()
+        for frame in range(1, 201):
+            (tmp_path / letter / f"{letter}{frame}.jpg").write_bytes(f"{letter}{frame}".encode())
+    found = load("asl", tmp_path)
+    split = data.make_split(found, BLOCKS, seed=0)
+    assert {part: len(ids) for part, ids in split.items()} == {"train": 280, "val": 40, "test": 80}
+    part_of = {image_id: part for part, ids in split.items() for image_id in ids}
+    for letter in "AB":
+        sequence = [part_of[f"{letter}/{letter}{frame}.jpg"] for frame in range(1, 201)]
+        blocks = [sequence[i:i + 10] for i in range(0, 200, 10)]
+        assert all(len(set(block)) == 1 for block in blocks)
+
+
+def test_a_fraction_of_the_training_part_leaves_the_rest_alone():
+    found = load("digits", None)
+    whole, tenth, fifth = (data.make_split(found, STRATIFIED, 0, f) for f in (1.0, 0.1, 0.2))
+    assert tenth["val"] == whole["val"] and tenth["test"] == whole["test"]
+    assert set(tenth["train"]) < set(fifth["train"]) < set(whole["train"])
+    counts = np.bincount(found.labels[parts_of(found, tenth)["train"]])
+    assert np.abs(counts - np.bincount(found.labels[parts_of(found, whole)["train"]]) / 10).max() <= 0.5
+
+
+def test_too_few_images_for_a_split_is_an_error_that_names_the_class(tmp_path):
+    draw_classes(tmp_path, frames=5)
+    for i in range(2, 5):
+        shutil.copy(tmp_path / "B" / "B1.jpg", tmp_path / "B" / f"B{i}.jpg")
+    with pytest.raises(UserError, match="class 'B' has 2 different images; the split needs at least 3"):
+        data.make_split(load("folder", tmp_path), STRATIFIED, seed=0)
+
+
+# --- batches
+
+
+def test_an_epoch_sees_every_image_in_batches_of_one_size():
+    found = load("digits", None)
+    batches = data.Batches(found, found.ids[:100], 8, 32, torch.device("cpu"), seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.order.epoch = epoch
+        seen = [labels.tolist() for _, labels in batches]
+        assert [len(s) for s in seen] == [32] * 4
+        orders.append([list(b) for b in batches.order])
+        assert set(sum(orders[-1], [])) == set(range(100))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_batches_from_files_and_from_memory_are_alike(tmp_path):
+    found = load("digits", None)
+    for i in range(24):
+        folder = tmp_path / str(found.labels[i])
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(found.images[i]).save(folder / f"{i:04d}.png")
+    files = load("folder", tmp_path)
+    order = sorted(range(24), key=lambda i: (found.labels[i], i))
+    from_files = list(data.Batches(files, files.ids, 16, 10, torch.device("cpu"), workers=1))
+    in_memory = list(data.Batches(found, [found.ids[i] for i in order], 16, 10, torch.device("cpu")))
+    assert [len(labels) for _, labels in from_files] == [10, 10, 4]
+    for (a, b), (c, d) in zip(from_files, in_memory):
+        assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_augmentation_follows_from_its_key_and_differs_by_image():
+    pixels = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
+    pixels[1:] = pixels[0]
+    mean, std = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)
+    augment = {"flip": False, "rotate": 10, "shift": 0.1}
+    one, again, other = (data.prepare(pixels, mean, std, augment, key) for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
+    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
+    still = data.prepare(pixels, mean, std, {"flip": False, "rotate": 0, "shift": 0}, (0, 0, 0))
+    torch.testing.assert_close(still, (pixels / 255 - 0.5) / 0.25, atol=1e-4, rtol=0)
+    flipped = data.prepare(pixels, mean, std, {"flip": True, "rotate": 0, "shift": 0}, (0, 0, 0))
+    turned = [not torch.allclose(f, s, atol=1e-3) for f, s in zip(flipped, still)]
+    assert any(turned) and all(torch.allclose(f, s.flip(-1) if t else s, atol=1e-4)
+                               for f, s, t in zip(flipped, still, turned))
+
+
+def test_reading_a_dataset_leaves_it_byte_for_byte_as_it_was(asl):
+    before = hash_folder(asl)
+    found = load("asl", asl)
+    list(data.Batches(found, found.ids, 32, 8, torch.device("cpu"), workers=1))
+    assert hash_folder(asl) == before
