@@ -187,7 +187,8 @@ def torchvision_class(name, entry, root):
             sources.append(source := getattr(datasets, spec["class"])(str(root), **arguments))
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(missing(
-                name, entry, f"torchvision's {spec['class']} in {root.resolve()}: {str(error).rstrip('.')}")) from None
+                name, entry, f"torchvision's {spec['class']} in {root.resolve()}: "
+                f"{str(error).removesuffix(' You can use download=True to download it').rstrip('.')}")) from None
         files = next((getattr(source, a) for a in ("_images", "_image_files") if hasattr(source, a)), None)
         targets = next(getattr(source, a) for a in ("targets", "_labels", "labels", "y") if hasattr(source, a))
         if isinstance(getattr(source, "data", None), np.ndarray):
@@ -234,8 +235,8 @@ def natural_order(text):
 
 def missing(name, entry, what):
     """The message for a dataset that is not where it should be."""
-    source = f" Get it: {entry['source']}" if entry.get("source") else ""
-    return f"dataset {name}: {what}.{source} and unpack it there, or name its folder with --data-dir DIR."
+    source = f" Get it: {entry['source']}; or" if entry.get("source") else " Put it there, or"
+    return f"dataset {name}: {what}.{source} name its folder with --data-dir DIR."
 
 
 def load_dataset(name, entry, root):

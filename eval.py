@@ -237,7 +237,7 @@ def draw_reliability(folder, labels, logits):
     figure = Figure((5, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfectly calibrated")
-    upper.plot(sure, right, marker="o", color=HEAT_COLOURS(0.4), label="this run")
+    upper.plot(sure, right, marker="o", color=HEAT_COLOURS(0.4), label="this run", clip_on=False)
     ece = expected_calibration_error(confidence, correct)
     upper.set(ylabel="accuracy", title=f"Test images: reliability (ECE {ece:.3f})", xlim=(0, 1), ylim=(0, 1))
     upper.legend()

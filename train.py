@@ -200,7 +200,9 @@ def show(batches, epoch, config, counts):
     columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(batches), epoch=f"{epoch + 1}/{config['epochs']}", state="")
+        steps = len(batches)  # the bar and the time left are the run's, not the epoch's
+        task = progress.add_task("", total=config["epochs"] * steps, completed=epoch * steps, state="",
+                                 epoch=f"{epoch + 1}/{config['epochs']}")
         shown = time.perf_counter()
         for batch in batches:
             yield batch
