@@ -1,6 +1,6 @@
 """Heat: which pixels made the network say what it said. From the same forward pass that trains it, on the device.
 
-    with CAM(model, method="gradcam++") as cam:         # layer=None: the rule below; or a module, or its name
+    with CAM(model, method="gradcam++") as cam:         # layer=None: the rule below; or a module, its name, or several
         logits = model(images)                          # [B, classes]
         heat = cam(logits, rows=rows, classes=classes)  # [len(rows), h, w] in [0, 1]
     heat = upsample(heat, size)                         # [N, H, W] in [0, 1]
@@ -9,7 +9,7 @@ A hook keeps the explained layer's activations A; `torch.autograd.grad` of a cla
 through what lies behind that layer only, and the formula is a few sums over A's grid. The model's mode, parameters and
 gradients are not touched, and nothing outlives the `with` block.
 
-To add a method, write a function of (activations, gradients) and add it to `METHODS`.
+To add a method, write a function of (activations, gradients) and put it into `WEIGHTS`, `ATTENTION` or `CONTROLS`.
 """
 
 import math
@@ -19,24 +19,25 @@ import torch
 import torch.nn.functional as F
 
 MIN_GRID = 4  # a coarser grid than 4 x 4 says too little about where
-HALF_SCALE = 2.0**10  # float16 gradients of a logit are near the smallest it can hold: scaled up before, down after
+FINE_STEP = 2.0**15  # float16 gradients of a logit may lie below the smallest it can hold: taken at this scale as well
 
-
-# --- methods: (A, G) -> map before the ReLU ------------------------------------------------------------------------
-# A: activations [N, C, h, w]. G: gradient of the explained logit with respect to A, same shape. Both float32 or float64.
+# --- methods that weigh activations: (A, G) -> weights, where heat is the channel sum of weights times A -------------
+# A: activations [N, C, h, w]. G: gradient of the explained score with respect to A, same shape. Both float32 or float64.
+# Weights: anything that broadcasts to A.
 
 
 def cam(A, G):
-    """CAM, Zhou et al. 2016, equation 2: M = sum_k w_k A_k, with w the class's row of the linear head.
+    """CAM, Zhou et al. 2016, equation 2: a channel weighs what the linear head gives it.
 
-    G holds w as [N, C, 1, 1]. For networks that end in global average pooling and a linear layer; no gradient is taken.
+    G holds the head's row as [N, C, 1, 1]. For networks that end in global average pooling and a linear layer; no gradient
+    is taken.
     """
-    return (G * A).sum(1)
+    return G
 
 
 def gradcam(A, G):
-    """Grad-CAM, Selvaraju et al. 2017, equations 1 and 2: each channel weighs its gradient's spatial mean."""
-    return (G.mean((2, 3), keepdim=True) * A).sum(1)
+    """Grad-CAM, Selvaraju et al. 2017, equation 1: a channel weighs its gradient's spatial mean."""
+    return G.mean((2, 3), keepdim=True)
 
 
 def gradcam_plus_plus(A, G):
@@ -51,11 +52,118 @@ def gradcam_plus_plus(A, G):
     squared = G**2
     denominator = 2 * squared + A.sum((2, 3), keepdim=True) * squared * G + 1e-6
     alpha = torch.where(G != 0, squared / denominator, 0.0)
-    return ((alpha * G.relu()).sum((2, 3), keepdim=True) * A).sum(1)
+    return (alpha * G.relu()).sum((2, 3), keepdim=True)
 
 
-METHODS = {"cam": cam, "gradcam": gradcam, "gradcam++": gradcam_plus_plus}
+def xgradcam(A, G):
+    """XGrad-CAM, Fu et al. 2020, equation 8: the gradient's mean, weighted by the channel's own activations.
 
+    The constant 1e-7 keeps channels that are silent everywhere finite; it is the grad-cam library's.
+    """
+    return (G * A / (A.sum((2, 3), keepdim=True) + 1e-7)).sum((2, 3), keepdim=True)
+
+
+def hirescam(A, G):
+    """HiResCAM, Draelos and Carin 2020, equation 5: every place weighs its own gradient."""
+    return G
+
+
+def layercam(A, G):
+    """LayerCAM, Jiang et al. 2021, equations 5 and 6: every place weighs its own gradient where that is positive."""
+    return G.relu()
+
+
+def elementwise(A, G):
+    """HiResCAM with each product G A cut off below zero before the sum, as the grad-cam library's GradCAMElementWise."""
+    return torch.where(G * A > 0, G, 0.0)
+
+
+def eigencam(A, G):
+    """Eigen-CAM, Muhammad and Yeasin 2020: the first principal component of the activations, whatever the class."""
+    return torch.ones_like(A[:, :1, :1, :1])
+
+
+def eigengradcam(A, G):
+    """Eigen-CAM of the activations times their gradients, as the grad-cam library's EigenGradCAM: it depends on the class."""
+    return G
+
+
+WEIGHTS = {"cam": cam, "gradcam": gradcam, "gradcam++": gradcam_plus_plus, "xgradcam": xgradcam, "hirescam": hirescam,
+           "layercam": layercam, "elementwise": elementwise, "eigencam": eigencam, "eigengradcam": eigengradcam}
+EIGEN = {"eigencam", "eigengradcam"}  # project on the first principal component instead of summing over channels
+
+
+def principal(maps):
+    """Maps [N, C, h, w], each place a point in C dimensions, projected on their first principal component: [N, h, w].
+
+    Found as the top eigenvector of the hw x hw Gram matrix, which is small whatever C is. Its sign is arbitrary; here the
+    largest value in size is positive, as in Seg-Eigen-CAM (Chung and Ying 2025, equation 13).
+    """
+    points = maps.flatten(2).double()
+    points = points - points.mean(2, keepdim=True)
+    values, vectors = torch.linalg.eigh(points.transpose(1, 2) @ points)
+    projection = vectors[..., -1] * values[:, -1:].clamp_min(0).sqrt()
+    flip = torch.where(projection.amax(1) < -projection.amin(1), -1.0, 1.0)
+    return (projection * flip[:, None]).to(maps.dtype).view(len(maps), *maps.shape[2:])
+
+
+# --- methods that follow attention through the blocks: (A, G) -> relevance [N, T, T] of each token for each ----------
+# A: list of attention probabilities [N, heads, T, T], first block first. G: the score's gradient with respect to each.
+
+
+def rollout(A, G):
+    """Attention rollout, Abnar and Zuidema 2020, section 3: heads averaged, half of each token kept, blocks multiplied."""
+    relevance = identity = torch.eye(A[0].shape[-1], dtype=A[0].dtype, device=A[0].device)
+    for attention in A:
+        relevance = (attention.mean(1) + identity) / 2 @ relevance
+    return relevance
+
+
+def gradrollout(A, G):
+    """Generic attention explainability, Chefer et al. 2021 (ICCV), equations 5 and 6, for self-attention.
+
+    R starts as the identity and gains mean_heads(relu(G A)) R in each block. (Their CVPR 2021 paper propagates relevance through
+    every layer instead, and needs rules for each.)
+    """
+    relevance = torch.eye(A[0].shape[-1], dtype=A[0].dtype, device=A[0].device).expand(len(A[0]), -1, -1)
+    for attention, gradient in zip(A, G):
+        relevance = relevance + (gradient * attention).relu().mean(1) @ relevance
+    return relevance
+
+
+ATTENTION = {"rollout": rollout, "gradrollout": gradrollout}
+
+# --- controls: they look at nothing but the grid of A ---------------------------------------------------------------
+
+
+def random(A, G):
+    """A smooth random field, new for every image: 4 x 4 normal values, bilinear in between."""
+    field = torch.randn(len(A), 1, MIN_GRID, MIN_GRID).to(A.device, A.dtype)
+    return F.interpolate(field, size=A.shape[2:], mode="bilinear", align_corners=False)[:, 0] + 10  # relu keeps all
+
+
+def center(A, G):
+    """A centred Gaussian with a standard deviation of a quarter of the side: where photographers put things."""
+    down, across = (((torch.arange(n, device=A.device, dtype=A.dtype) + 0.5) / n - 0.5) / 0.25 for n in A.shape[2:])
+    return torch.exp(-0.5 * (down[:, None] ** 2 + across**2)).expand(len(A), -1, -1)
+
+
+CONTROLS = {"random": random, "center": center}
+METHODS = {**WEIGHTS, **ATTENTION, **CONTROLS}
+NO_GRADIENT = {"cam", "eigencam", "rollout", *CONTROLS}
+
+
+# --- which score is explained: (logits [N, classes], labels [N]) -> class [N], and class [N] that counts against it ---
+
+
+def best_other(logits, classes):
+    """The class with the highest logit apart from `classes`, int64 [N]."""
+    return logits.detach().scatter(1, classes[:, None], -torch.inf).argmax(1)
+
+
+EXPLAIN = {"predicted": lambda logits, labels: (logits.detach().argmax(1), None),
+           "true": lambda logits, labels: (labels, None),
+           "margin": lambda logits, labels: (labels, best_other(logits, labels))}
 
 # --- from maps to heat ---------------------------------------------------------------------------------------------
 
@@ -78,51 +186,105 @@ class CAM:
     """Heat from the forward passes made inside the `with` block. The same object may be entered again and again.
 
     model: a timm network, or any nn.Module with `layer` given. method: a key of `METHODS`.
-    layer: a module of `model`, its name, or None. The rule for None: the deepest layer that keeps at least a 4 x 4 grid,
-      among the stages that timm names (`feature_info`) and what follows the last of them. Where a class token alone
-      is read out, the last block's output has no gradient at the patches; there it is that block's first norm.
-      The choice is made at the first forward pass and then kept, as `layer_name`.
+    layer: a module of `model`, its name, or None; or several, as a list or as names with commas between: then the heat is their
+      average at image size. The rule for None: the deepest layer that keeps at least a 4 x 4 grid, among the stages that timm
+      names (`feature_info`) and what follows the last of them. Where a class token alone is read out, the last block's
+      output has no gradient at the patches; there it is that block's first norm. The choice is made at the first forward
+      pass and then kept, as `layer_name`.
+    smooth: eigen-smoothing, Muhammad and Yeasin 2020: the first principal component of the weighted activations instead of their sum.
     Raises ValueError, naming what would serve, for an unknown method or layer and where no layer or method fits.
+
+    Under `torch.compile`, make the CAM before the compiled model is called for the first time: it tells the compiler to look at
+    hooks and to let the graph be walked twice. Each hook breaks the compiled graph in two; `bench.py cam` says what that costs.
     """
 
-    def __init__(self, model, method="gradcam", layer=None):
+    def __init__(self, model, method="gradcam", layer=None, smooth=False):
         if method not in METHODS:
             raise ValueError(f"unknown CAM method {method!r}; there are {', '.join(METHODS)}")
-        model = getattr(model, "module", model)  # DistributedDataParallel
-        self.model = getattr(model, "_orig_mod", model)  # torch.compile
-        self.method = method
-        names = {module: name for name, module in self.model.named_modules()}
-        if isinstance(layer, str):
-            if layer not in names.values():
-                raise ValueError(f"no layer {layer!r} in this network; its parts are "
-                                 f"{', '.join(name for name, _ in self.model.named_children())}")
-            layer = self.model.get_submodule(layer)
-        elif layer is not None and layer not in names:
-            raise ValueError("the layer is not a module of this network")
-        self.layer, self.layer_name = layer, names.get(layer)
+        if smooth and method not in WEIGHTS:
+            raise ValueError(f"{method} has no channels to smooth over; smooth one of {', '.join(WEIGHTS)}")
+        wrappers = [model]
+        while inside := getattr(wrappers[-1], "_orig_mod", None) or _parallel(wrappers[-1]):
+            wrappers.append(inside)
+        self.model = wrappers[-1]
+        self._compiled = any(hasattr(w, "_orig_mod") or getattr(w, "_compiled_call_impl", None) for w in wrappers)
+        if self._compiled:
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            torch._functorch.config.donated_buffer = False
+        self.method, self.smooth = method, smooth
+        self._names = {module: name for name, module in self.model.named_modules()}
         self._stages = [info["module"] for info in getattr(self.model, "feature_info", [])]
-        if layer is None and not self._stages:
-            raise ValueError("this network does not say what its stages are: name the layer to explain, one of "
-                             f"{', '.join(name for name in names.values() if name)}")
         self._prefix = getattr(self.model, "num_prefix_tokens", 0)
-        self._linear, self._checked = self._classifier() if method == "cam" else None, False
+        self._checked = False  # whether head or attention were seen to be what the method takes them for
+        self._linear = self._classifier() if method == "cam" else None
+        self._attentions = self._attention_modules(layer) if method in ATTENTION else []
+        self.layers = [] if layer is None else self._find(layer)
+        if not (self.layers or self._stages or self._attentions):
+            raise ValueError("this network does not say what its stages are: name the layer to explain, one of "
+                             f"{', '.join(name for name in self._names.values() if name)}")
         self._hooks = []
         self.release()
+
+    @property
+    def layer_name(self):
+        """Name of the explained layer; several with commas between; None before the rule has chosen, or for attention."""
+        return ",".join(self._names[layer] for layer in self.layers) or None
+
+    def _find(self, layer):
+        """The modules that `layer` names."""
+        several = layer.split(",") if isinstance(layer, str) else layer if isinstance(layer, (list, tuple)) else [layer]
+        by_name, found = {name: module for module, name in self._names.items()}, []
+        for one in several:
+            module = by_name.get(one.strip()) if isinstance(one, str) else one
+            if module not in self._names:
+                what = f"no layer {one!r} in this network" if isinstance(one, str) else "a layer is not of this network"
+                raise ValueError(f"{what}; its parts are {', '.join(name for name, _ in self.model.named_children())}")
+            found.append(module)
+        return found
+
+    # hooks, and what they keep
 
     def __enter__(self):
         if self._hooks:
             raise RuntimeError("this CAM's block has been entered already")
-        self._hooks.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-        if self.layer is not None:
-            self._hooks.append(self.layer.register_forward_hook(self._keep))
+        self._hooks.append(self.model.register_forward_pre_hook(self._outside_graph(self._before), with_kwargs=True))
+        if self._attentions:
+            self._hook_attention()
+        elif self.layers:
+            self._hook_layers()
         else:
-            self._hooks += [module.register_forward_hook(lambda m, i, output, name=name: self._see(name, output))
-                            for name, module in self.model.named_modules() if name]
-        if self._linear is not None:
-            self._hooks.append(self._linear.register_forward_pre_hook(self._keep_pooled))
-        if self.layer is None:
+            for name, module in self.model.named_modules():
+                if name:
+                    self._hooks.append(module.register_forward_hook(lambda m, i, out, name=name: self._see(name, out)))
             self._hooks.append(self.model.register_forward_hook(lambda *_: self._choose()))
+        if self._linear is not None:
+            self._hooks.append(self._linear.register_forward_pre_hook(self._outside_graph(self._keep_pooled)))
         return self
+
+    def _hook_layers(self):
+        for position, layer in enumerate(self.layers):
+            def keep(module, args, output, position=position):
+                output = self._activations[position] = _with_gradient(output)
+                return output
+
+            self._hooks.append(layer.register_forward_hook(self._outside_graph(keep)))
+
+    def _hook_attention(self):
+        for position, module in enumerate(self._attentions):
+            def keep_qkv(module, args, output, position=position):
+                self._qkv[position] = output
+
+            def keep_mixed(module, args, position=position):
+                self._activations[position] = _with_gradient(args[0])
+                return self._activations[position], *args[1:]
+
+            self._hooks.append(module.qkv.register_forward_hook(self._outside_graph(keep_qkv)))
+            mixed = getattr(module, "norm", module.proj)
+            self._hooks.append(mixed.register_forward_pre_hook(self._outside_graph(keep_mixed)))
+
+    def _outside_graph(self, hook):
+        """`hook`, run between compiled graphs: within one, A would be an output that autograd sees no way to from the logits."""
+        return torch.compiler.disable(hook) if self._compiled else hook
 
     def __exit__(self, *exception):
         for hook in self._hooks:
@@ -132,21 +294,12 @@ class CAM:
 
     def release(self):
         """Forget the last forward pass."""
-        self._seen, self._activations, self._pooled, self._logits = [], None, None, None
-
-    # hooks, in the order in which a forward pass calls them
+        self._seen, self._activations, self._qkv, self._pooled, self._logits = [], {}, {}, None, None
 
     def _before(self, module, args, kwargs):
         self.release()
         images = args[0] if args else next(iter(kwargs.values()))
-        self._batch, self._height, self._width = len(images), *images.shape[-2:]
-
-    def _keep(self, module, args, output):
-        if not isinstance(output, torch.Tensor):
-            raise ValueError(f"layer {self.layer_name} gives {type(output).__name__}, not one tensor: name another")
-        output = _with_gradient(output)
-        self._activations = output
-        return output
+        self._batch, self._height, self._width = images.shape[0], images.shape[-2], images.shape[-1]
 
     def _see(self, name, output):
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.dim() > 2:
@@ -156,6 +309,8 @@ class CAM:
 
     def _keep_pooled(self, module, args):
         self._pooled = args[0].detach()
+
+    # which layer
 
     def _choose(self):
         """Fix the explained layer, from the names and outputs that the first forward pass went through."""
@@ -170,58 +325,70 @@ class CAM:
         deepest = fine[-1][1]
         # Several modules may give this very tensor: an identity, a container. The stage, or else the outermost, names it.
         same = [name for name, output, *_ in fine if output is deepest]
-        self.layer_name = min(same, key=lambda name: (name not in self._stages, name.count(".")))
-        self.layer, self._activations, self._seen = self.model.get_submodule(self.layer_name), deepest, []
+        name = min(same, key=lambda name: (name not in self._stages, name.count(".")))
+        self.layers, self._activations, self._seen = [self.model.get_submodule(name)], {0: deepest}, []
         for hook in self._hooks[1:]:  # the first stays: it is `_before`
             hook.remove()
-        self._hooks = self._hooks[:1] + [self.layer.register_forward_hook(self._keep)]
+        self._hooks = self._hooks[:1]
+        self._hook_layers()
         if self._linear is not None:
-            self._hooks.append(self._linear.register_forward_pre_hook(self._keep_pooled))
+            self._hooks.append(self._linear.register_forward_pre_hook(self._outside_graph(self._keep_pooled)))
 
     def _candidates(self, order):
         """Names that the rule allows, given all names in order of execution."""
         stages = [name for name in order if name in self._stages]
         if not stages:
-            raise ValueError("none of the stages that this network names was run: name the layer to explain")
+            serve = dict.fromkeys(name for name, output in self._seen if self.grid(output) is not None
+                                  and min(self.grid(output).shape[-2:]) >= MIN_GRID and name.count(".") < 4)
+            raise ValueError("this network does not give its stages as one tensor each: name the layer to explain, as "
+                             f"{' or '.join(list(serve)[-4:]) or 'none that keeps a grid'}")
         if self._prefix and getattr(self.model, "global_pool", "token") in ("token", ""):
             inside = [name for name in order if name.startswith(stages[-1] + ".")]
             return set(inside[:1])
-        return {*stages, *order[order.index(stages[-1]):]}
+        # What follows the last stage counts where it is a part of the network's own, as a last norm or convolution.
+        return {*stages, *(name for name in order[order.index(stages[-1]):] if "." not in name)}
 
     def grid(self, tensor):
         """Output of a layer as [B, C, h, w], or None where it is not a map of the image.
 
-        Tokens [B, N, C] lose the prefix tokens; [B, h, w, C] is told from [B, C, h, w] by the image's proportions.
+        Tokens [B, T, C] lose the prefix tokens; [B, h, w, C] is told from [B, C, h, w] by the image's proportions.
         """
-        if len(tensor) != self._batch:
+        if tensor.shape[0] != self._batch:
             return None
-        ratio = self._height / self._width
         if tensor.dim() == 3:
-            tokens = tensor[:, self._prefix:]
-            h = round(math.sqrt(tokens.shape[1] * ratio))
-            w = tokens.shape[1] // h if h else 0
-            if h * w == 0 or h * w != tokens.shape[1] or abs(h / ratio - w) > 1:
-                return None
-            return tokens.transpose(1, 2).unflatten(2, (h, w))
+            for prefix in (self._prefix, 0):  # some networks add their class token in later blocks
+                sides = self._token_grid(tensor.shape[1] - prefix)
+                if sides:
+                    return tensor[:, prefix:].transpose(1, 2).unflatten(2, sides)
+            return None
         if tensor.dim() != 4:
             return None
-        first, last = (abs(h / ratio - w) <= 1 for h, w in (tensor.shape[2:], tensor.shape[1:3]))
+        first, last = (abs(h * self._width / self._height - w) <= 1 for h, w in (tensor.shape[2:], tensor.shape[1:3]))
         if last and (not first or getattr(self.model, "output_fmt", "NCHW") == "NHWC"):
             return tensor.permute(0, 3, 1, 2)
         return tensor if first else None
 
+    def _token_grid(self, count):
+        """(h, w) of a grid of `count` tokens in the image's proportions, or None."""
+        h = round(math.sqrt(max(count, 0) * self._height / self._width))
+        if h == 0 or count % h or abs(h * self._width / self._height - count // h) > 1:
+            return None
+        return h, count // h
+
     # the heat
 
     @torch.no_grad()
-    def __call__(self, logits, rows=None, classes=None):
+    def __call__(self, logits, rows=None, classes=None, against=None):
         """Heat for some images of the last forward pass.
 
         logits: [B, classes], the model's output for that pass. rows: int64 [N] images to explain, all by default; none is
-          fine. classes: class to explain for each, int64 [N] or one int; the predicted one by default.
+          fine. classes: class to explain for each, int64 [N] or one int; the predicted one by default. against: a class for
+          each, or one, whose logit is subtracted, so that the margin between the two is explained.
         Returns [N, h, w] in [0, 1] on the logits' device, float32 (float64 for a float64 model), with no graph attached.
         """
-        if self._activations is None:
-            raise RuntimeError("no forward pass to explain: call the model inside the `with` block first")
+        if not self._activations:
+            raise RuntimeError("no forward pass to explain: call the model inside the `with` block first"
+                               + (", and a compiled one not before the CAM is made" if self._compiled else ""))
         if self._logits is None or self._logits() is not logits:
             # What was kept for these logits goes when they go, and not only at the next forward pass.
             kept = self._activations
@@ -230,65 +397,152 @@ class CAM:
         rows = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()).to(logits.device)
         if classes is None:
             classes = logits.detach()[rows].argmax(1)
-        classes = torch.as_tensor(classes, device=logits.device).expand(len(rows))
+        classes, against = (None if c is None else torch.as_tensor(c, device=logits.device).expand(len(rows))
+                            for c in (classes, against))
+        score = rows, classes, against
+        with torch.autocast(logits.device.type, enabled=False):
+            if self.method in ATTENTION:
+                return self._from_attention(logits, *score)
+            gradients = {}
+            if self.method not in NO_GRADIENT and len(rows):
+                gradients = self._gradients(logits, list(self._activations.values()), *score)
+                gradients = dict(zip(self._activations, gradients))
+            heats = [self._from_layer(position, gradients.get(position), *score) for position in sorted(self._activations)]
+        if len(heats) == 1:
+            return heats[0]
+        return rescale(torch.stack([upsample(heat, (self._height, self._width)) for heat in heats]).mean(0)) \
+            if len(rows) else upsample(heats[0], (self._height, self._width))
 
-        A = self.grid(self._activations)
+    def _from_layer(self, position, gradient, rows, classes, against):
+        A = self._activations[position]
+        A = self.grid(A) if isinstance(A, torch.Tensor) else None
+        name = self._names[self.layers[position]]
         if A is None:
-            raise ValueError(f"layer {self.layer_name} gives {list(self._activations.shape)}, not a map of images of "
-                             f"{self._height}x{self._width}: name another")
-        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+            raise ValueError(f"layer {name} gives no map of images of {self._height}x{self._width}: name another")
         if self.method == "cam":
-            self._check_head(A)
+            self._check(_is_average(self._pooled, A), f"cam needs a linear head on the global average of layer {name}")
+        A = A[rows].to(_at_least_float32(A))
         if len(rows) == 0:
-            return torch.zeros(0, *A.shape[-2:], dtype=dtype, device=A.device)
-        with torch.autocast(A.device.type, enabled=False):
-            if self.method == "cam":
-                G = self._linear.weight.detach()[classes][:, :, None, None].to(dtype)
-            else:
-                G = self._gradients(logits, rows, classes, dtype)
-            return rescale(METHODS[self.method](A[rows].to(dtype), G).relu())
+            return A.new_zeros(0, *A.shape[2:])
+        if self.method in CONTROLS:
+            return rescale(CONTROLS[self.method](A, None).relu())
+        G = None if gradient is None else self.grid(gradient)[rows]
+        if self.method == "cam":
+            head = self._linear.weight.detach()
+            G = (head[classes] - (0 if against is None else head[against]))[:, :, None, None].to(A.dtype)
+        weighted = WEIGHTS[self.method](A, G) * A
+        return rescale((principal(weighted) if self.smooth or self.method in EIGEN else weighted.sum(1)).relu())
 
-    def _gradients(self, logits, rows, classes, dtype):
-        if not (logits.requires_grad and self._activations.requires_grad):
+    def _from_attention(self, logits, rows, classes, against):
+        first = self._activations[0]
+        sides = self._token_grid(first.shape[1] - self._prefix) if first.dim() == 3 else None
+        if sides is None or min(sides) < MIN_GRID:
+            raise ValueError(f"{self.method} needs attention over the whole image, at least {MIN_GRID}x{MIN_GRID} patches; use "
+                             "gradcam, or larger images")
+        dtype = _at_least_float32(first)
+        if len(rows) == 0:
+            return torch.zeros(0, *sides, dtype=dtype, device=logits.device)
+        A, V = zip(*(self._attend(module, self._qkv[i].detach()[rows].to(dtype)) for i, module in enumerate(self._attentions)))
+        mixed = [self._activations[i].detach()[rows].to(dtype) for i in range(len(A))]
+        self._check(lambda: all(_close((a @ v).transpose(1, 2).flatten(2), o) for a, v, o in zip(A, V, mixed)),
+                    f"{self.method} cannot read this network's attention, which is more than a softmax of q k^T")
+        G = None
+        if self.method not in NO_GRADIENT:
+            of_mixed = self._gradients(logits, [self._activations[i] for i in range(len(A))], rows, classes, against)
+            # The output of a head is its probabilities times v, so that is how the gradient comes back to them.
+            G = [g[rows].unflatten(2, (v.shape[1], -1)).transpose(1, 2) @ v.transpose(2, 3) for g, v in zip(of_mixed, V)]
+        relevance = ATTENTION[self.method](A, G)
+        class_token = self._prefix and getattr(self.model, "global_pool", "token") in ("token", "")
+        read = relevance[:, 0] if class_token else relevance[:, self._prefix:].mean(1)
+        return rescale(read[:, self._prefix:].unflatten(1, sides))
+
+    def _attend(self, module, qkv):
+        """Attention probabilities [N, heads, T, T] and values [N, heads, T, d] of one block, from its q, k and v."""
+        q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (getattr(module, f"{name}_norm", torch.nn.Identity())(t) for name, t in (("q", q), ("k", k)))
+        return (q * module.scale @ k.transpose(2, 3)).softmax(3), v
+
+    def _gradients(self, logits, tensors, rows, classes, against):
+        """The score's gradient with respect to each tensor, all rows of the batch, float32 or float64."""
+        if not (logits.requires_grad and all(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)):
             raise ValueError(f"{self.method} needs gradients: run the forward pass outside torch.no_grad() and "
                              "inference_mode(), and explain a layer that the logits depend on")
-        scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
-        of_logits = torch.zeros_like(logits).index_put_((rows, classes), torch.full_like(logits[rows, 0], scale))
-        gradients, = torch.autograd.grad(logits, self._activations, of_logits, retain_graph=True)
-        return self.grid(gradients)[rows].to(dtype) / scale
+        of_logits = torch.zeros_like(logits)
+        of_logits[rows, classes] = 1
+        if against is not None:
+            of_logits[rows, against] = torch.where(against == classes, 0, -1).to(logits.dtype)
+
+        def take(scale):
+            taken = torch.autograd.grad(logits, tensors, of_logits * scale, retain_graph=True)
+            return [gradient.to(_at_least_float32(gradient)) / scale for gradient in taken]
+
+        gradients = take(1.0)
+        if logits.dtype == torch.float16:
+            # float16 spans 2^-24 to 2^16. Taken twice, so that neither small nor large gradients are lost.
+            gradients = [torch.where(fine.isfinite().flatten(1).all(1).view(-1, *[1] * (fine.dim() - 1)), fine, coarse)
+                         for coarse, fine in zip(gradients, take(FINE_STEP))]
+        return gradients
+
+    # what a method needs of the network
+
+    def _check(self, fits, problem):
+        """Once, as the answer has to come back from the device."""
+        self._checked = self._checked or bool(fits() if callable(fits) else fits)
+        if not self._checked:
+            others = [m for m in METHODS if m not in CONTROLS and m not in ATTENTION and m != "cam"]
+            raise ValueError(f"{problem}; use {' or '.join(others)}")
 
     def _classifier(self):
         """The linear head, for `cam`."""
         head = self.model.get_classifier() if hasattr(self.model, "get_classifier") else None
         head = head or next((m for m in reversed(list(self.model.modules())) if isinstance(m, torch.nn.Linear)), None)
         if not isinstance(head, torch.nn.Linear):
-            raise ValueError("cam needs a network that ends in global average pooling and one linear layer; use "
-                             f"{' or '.join(m for m in METHODS if m != 'cam')}")
+            self._check(False, "cam needs a network that ends in global average pooling and one linear layer")
         return head
 
-    def _check_head(self, A):
-        if not self._checked:  # once, as it waits for the device
-            self._checked = self._pooled is not None and _is_average(self._pooled, A.detach())
-        if not self._checked:
-            raise ValueError(f"cam needs a linear head on the global average of layer {self.layer_name}; use "
-                             f"{' or '.join(m for m in METHODS if m != 'cam')}")
+    def _attention_modules(self, layer):
+        """The blocks' attention, for `rollout` and `gradrollout`."""
+        found = [m for m in self.model.modules()
+                 if all(hasattr(m, part) for part in ("qkv", "proj", "num_heads", "scale")) and m.qkv is not None]
+        if not found:
+            self._check(False, f"{self.method} needs a transformer whose blocks have one qkv layer each")
+        if layer is not None:
+            raise ValueError(f"{self.method} follows attention through all blocks: leave the layer out")
+        return found
+
+
+def _parallel(model):
+    """What DistributedDataParallel or DataParallel wraps, or None."""
+    parallel = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
+    return model.module if isinstance(model, parallel) else None
 
 
 def _with_gradient(output):
     """`output`, or where nothing before it is trained, a copy that autograd can ask about."""
-    if torch.is_grad_enabled() and not output.requires_grad and not output.is_inference():
+    if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad \
+            and output.is_floating_point() and not output.is_inference():
         # cloned, for a layer behind it may work in place, which autograd forbids on a leaf
         return output.detach().requires_grad_().clone()
     return output
 
 
+def _at_least_float32(tensor):
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def _is_average(pooled, A):
-    """Whether `pooled` [B, C] is the mean of A [B, C, h, w] over its grid, but for dropout's zeros and scale."""
-    means = A.float().mean((2, 3))
-    if pooled.shape != means.shape:
-        return False
-    kept = pooled != 0
-    pooled, means = pooled.float()[kept], means[kept]
-    scale = (pooled * means).sum() / (means * means).sum().clamp_min(1e-30)
-    error = (pooled - scale * means).norm() / pooled.norm().clamp_min(1e-30)
-    return bool(error < 1e-2)
+    """A function that tells whether `pooled` [B, C] is the mean of A [B, C, h, w] over its grid, but for dropout."""
+    def answer():
+        if pooled is None or pooled.shape != A.shape[:2]:
+            return False
+        kept = pooled != 0
+        return _close(pooled[kept], A.float().mean((2, 3))[kept], free_scale=True)
+
+    return answer
+
+
+def _close(found, expected, free_scale=False):
+    """Whether two tensors agree to 1%, in norm; with `free_scale`, up to a factor."""
+    found, expected = found.float(), expected.float()
+    scale = (found * expected).sum() / (expected**2).sum().clamp_min(1e-30) if free_scale else 1.0
+    return (found - scale * expected).norm() <= 1e-2 * found.norm()
