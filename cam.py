@@ -49,10 +49,9 @@ def gradcam_plus_plus(A, G):
     are often around 1e-3, so that it moved the map of an untrained resnet18 by up to 0.06 and of an EfficientNet by
     up to 0.015.
     """
-    squared = G**2
-    denominator = 2 * squared + A.sum((2, 3), keepdim=True) * squared * G + 1e-6
-    alpha = torch.where(G != 0, squared / denominator, 0.0)
-    return (alpha * G.relu()).sum((2, 3), keepdim=True)
+    g = G.relu()  # what is not positive weighs nothing, whatever its alpha
+    squared = g * g
+    return (squared * g / (squared * (2 + A.sum((2, 3), keepdim=True) * g) + 1e-6)).sum((2, 3), keepdim=True)
 
 
 def xgradcam(A, G):
@@ -139,7 +138,7 @@ ATTENTION = {"rollout": rollout, "gradrollout": gradrollout}
 def random(A, G):
     """A smooth random field, new for every image: 4 x 4 normal values, bilinear in between."""
     field = torch.randn(len(A), 1, MIN_GRID, MIN_GRID).to(A.device, A.dtype)
-    return F.interpolate(field, size=A.shape[2:], mode="bilinear", align_corners=False)[:, 0] + 10  # relu keeps all
+    return _interpolate(field[:, 0], A.shape[2:]) + 10  # so that the ReLU behind every method keeps all of it
 
 
 def center(A, G):
@@ -179,7 +178,11 @@ def upsample(heat, size):
     if heat.numel() == 0:
         height, width = (size, size) if isinstance(size, int) else size
         return heat.new_zeros(len(heat), height, width)
-    return rescale(F.interpolate(heat[:, None], size=size, mode="bilinear", align_corners=False)[:, 0])
+    return rescale(_interpolate(heat, size))
+
+
+def _interpolate(maps, size):
+    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 class CAM:
@@ -393,25 +396,28 @@ class CAM:
             # What was kept for these logits goes when they go, and not only at the next forward pass.
             kept = self._activations
             self._logits = weakref.ref(logits, lambda _: self.release() if self._activations is kept else None)
-        rows = torch.arange(len(logits)) if rows is None else torch.as_tensor(rows)
-        rows = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()).to(logits.device)
+        if rows is not None:
+            rows = torch.as_tensor(rows, device=logits.device)
+            rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
+        count = len(logits) if rows is None else len(rows)
         if classes is None:
-            classes = logits.detach()[rows].argmax(1)
-        classes, against = (None if c is None else torch.as_tensor(c, device=logits.device).expand(len(rows))
+            classes = _pick(logits.detach(), rows).argmax(1)
+        classes, against = (None if c is None else torch.as_tensor(c, device=logits.device).expand(count)
                             for c in (classes, against))
         score = rows, classes, against
         with torch.autocast(logits.device.type, enabled=False):
             if self.method in ATTENTION:
                 return self._from_attention(logits, *score)
             gradients = {}
-            if self.method not in NO_GRADIENT and len(rows):
+            if self.method not in NO_GRADIENT and count:
                 gradients = self._gradients(logits, list(self._activations.values()), *score)
                 gradients = dict(zip(self._activations, gradients))
             heats = [self._from_layer(position, gradients.get(position), *score) for position in sorted(self._activations)]
         if len(heats) == 1:
             return heats[0]
-        return rescale(torch.stack([upsample(heat, (self._height, self._width)) for heat in heats]).mean(0)) \
-            if len(rows) else upsample(heats[0], (self._height, self._width))
+        if count == 0:
+            return upsample(heats[0], (self._height, self._width))
+        return rescale(sum(_interpolate(heat, (self._height, self._width)) for heat in heats))
 
     def _from_layer(self, position, gradient, rows, classes, against):
         A = self._activations[position]
@@ -421,12 +427,12 @@ class CAM:
             raise ValueError(f"layer {name} gives no map of images of {self._height}x{self._width}: name another")
         if self.method == "cam":
             self._check(_is_average(self._pooled, A), f"cam needs a linear head on the global average of layer {name}")
-        A = A[rows].to(_at_least_float32(A))
-        if len(rows) == 0:
+        A = _pick(A, rows).to(_at_least_float32(A))
+        if len(A) == 0:
             return A.new_zeros(0, *A.shape[2:])
         if self.method in CONTROLS:
             return rescale(CONTROLS[self.method](A, None).relu())
-        G = None if gradient is None else self.grid(gradient)[rows]
+        G = None if gradient is None else _pick(self.grid(gradient), rows)
         if self.method == "cam":
             head = self._linear.weight.detach()
             G = (head[classes] - (0 if against is None else head[against]))[:, :, None, None].to(A.dtype)
@@ -435,22 +441,25 @@ class CAM:
 
     def _from_attention(self, logits, rows, classes, against):
         first = self._activations[0]
-        sides = self._token_grid(first.shape[1] - self._prefix) if first.dim() == 3 else None
+        whole = first.dim() == 3 and first.shape[0] == self._batch  # windows would come as more than one per image
+        sides = self._token_grid(first.shape[1] - self._prefix) if whole else None
         if sides is None or min(sides) < MIN_GRID:
             raise ValueError(f"{self.method} needs attention over the whole image, at least {MIN_GRID}x{MIN_GRID} patches; use "
                              "gradcam, or larger images")
         dtype = _at_least_float32(first)
-        if len(rows) == 0:
+        if len(classes) == 0:
             return torch.zeros(0, *sides, dtype=dtype, device=logits.device)
-        A, V = zip(*(self._attend(module, self._qkv[i].detach()[rows].to(dtype)) for i, module in enumerate(self._attentions)))
-        mixed = [self._activations[i].detach()[rows].to(dtype) for i in range(len(A))]
-        self._check(lambda: all(_close((a @ v).transpose(1, 2).flatten(2), o) for a, v, o in zip(A, V, mixed)),
-                    f"{self.method} cannot read this network's attention, which is more than a softmax of q k^T")
+        unread = f"{self.method} cannot read this network's attention, which is more than a softmax of q k^T"
+        if len(self._qkv) < len(self._attentions):  # some blocks use their qkv layer's weights without calling it
+            self._check(False, unread)
+        A, V = zip(*(self._attend(module, _pick(self._qkv[i].detach(), rows).to(dtype)) for i, module in enumerate(self._attentions)))
+        mixed = [_pick(self._activations[i].detach(), rows).to(dtype) for i in range(len(A))]
+        self._check(lambda: all(_close((a @ v).transpose(1, 2).flatten(2), o) for a, v, o in zip(A, V, mixed)), unread)
         G = None
         if self.method not in NO_GRADIENT:
             of_mixed = self._gradients(logits, [self._activations[i] for i in range(len(A))], rows, classes, against)
             # The output of a head is its probabilities times v, so that is how the gradient comes back to them.
-            G = [g[rows].unflatten(2, (v.shape[1], -1)).transpose(1, 2) @ v.transpose(2, 3) for g, v in zip(of_mixed, V)]
+            G = [_pick(g, rows).unflatten(2, (v.shape[1], -1)).transpose(1, 2) @ v.transpose(2, 3) for g, v in zip(of_mixed, V)]
         relevance = ATTENTION[self.method](A, G)
         class_token = self._prefix and getattr(self.model, "global_pool", "token") in ("token", "")
         read = relevance[:, 0] if class_token else relevance[:, self._prefix:].mean(1)
@@ -467,6 +476,7 @@ class CAM:
         if not (logits.requires_grad and all(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)):
             raise ValueError(f"{self.method} needs gradients: run the forward pass outside torch.no_grad() and "
                              "inference_mode(), and explain a layer that the logits depend on")
+        rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
         of_logits = torch.zeros_like(logits)
         of_logits[rows, classes] = 1
         if against is not None:
@@ -474,13 +484,13 @@ class CAM:
 
         def take(scale):
             taken = torch.autograd.grad(logits, tensors, of_logits * scale, retain_graph=True)
-            return [gradient.to(_at_least_float32(gradient)) / scale for gradient in taken]
+            return [gradient.to(_at_least_float32(gradient)) for gradient in taken]
 
-        gradients = take(1.0)
+        gradients = take(1)
         if logits.dtype == torch.float16:
             # float16 spans 2^-24 to 2^16. Taken twice, so that neither small nor large gradients are lost.
-            gradients = [torch.where(fine.isfinite().flatten(1).all(1).view(-1, *[1] * (fine.dim() - 1)), fine, coarse)
-                         for coarse, fine in zip(gradients, take(FINE_STEP))]
+            gradients = [torch.where(fine.isfinite().flatten(1).all(1).view(-1, *[1] * (fine.dim() - 1)), fine / FINE_STEP, g)
+                         for g, fine in zip(gradients, take(FINE_STEP))]
         return gradients
 
     # what a method needs of the network
@@ -524,6 +534,11 @@ def _with_gradient(output):
         # cloned, for a layer behind it may work in place, which autograd forbids on a leaf
         return output.detach().requires_grad_().clone()
     return output
+
+
+def _pick(tensor, rows):
+    """The rows of a tensor, or without a copy all of them."""
+    return tensor if rows is None else tensor[rows]
 
 
 def _at_least_float32(tensor):

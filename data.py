@@ -95,7 +95,7 @@ def folders(name, entry, root):
     The class folders' parent is the shallowest folder that holds at least two folders with images in them. Every
     image below a class folder, however deep, belongs to that class.
     """
-    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    extensions = image_extensions()
     found = []  # (folder relative to root as a tuple of names, file name)
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [s for s in subfolders if not s.startswith((".", "__MACOSX"))]
@@ -121,6 +121,11 @@ def folders(name, entry, root):
         rows += [("/".join((*inside, f)), inside[depth], part) for inside, f in found
                  if inside[:depth] == top and len(inside) > depth]
     return _from_rows(name, root, rows, official=len(tops) > 1)
+
+
+def image_extensions():
+    """The file endings, as ".jpg", of every format that Pillow opens."""
+    return {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def _class_parents(with_images):

@@ -2,6 +2,8 @@
 
     python eval.py runs/NAME              # print metrics and costs again, rewrite metrics.json and the pictures
     python eval.py runs/A runs/B          # the same for several
+    python eval.py runs/NAME --image cat.jpg FOLDER --cam gradcam layercam       # where it looks in these images
+    python eval.py --model efficientnet_lite0 --weights FILE --image cat.jpg     # the same for a network without a run
 
 A run leaves `predictions.npz` (ids, labels and logits of the validation and test images) and `log.jsonl`; everything here
 follows from these two, so that the same run gives the same figures, byte for byte. Only `sheet.png` needs the images and the
@@ -13,6 +15,7 @@ trial where the two differed. `best.pt` is kept for those who want it.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from sklearn.metrics import (accuracy_score, balanced_accuracy_score, confusion_matrix, log_loss,
                              precision_recall_fscore_support, top_k_accuracy_score)
 
@@ -266,6 +270,12 @@ def draw_curves(folder, log):
     save_figure(figure, folder / "curves.png")
 
 
+def overlay(image, heat):
+    """Heat [H, W] in [0, 1] in colours over the greys of an image [H, W, 3] in [0, 1], so that no colour is the image's."""
+    grey = image @ np.array([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
+    return 0.5 * grey[..., None] + 0.5 * HEAT_COLOURS(heat)[..., :3]
+
+
 def draw_sheet(folder, config, model, dataset, split, predictions, device):
     """`sheet.png`: misled test images, their heat, and what Proxy Attention would erase of them.
 
@@ -280,9 +290,10 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
     pixels, _ = next(iter(batches))
     images = data.prepare(pixels, mean, std)
     method = "gradcam" if config["cam"] == "none" else config["cam"]
-    with cam.CAM(model, method, config["layer"]) as explain:
+    with cam.CAM(model, method, config["layer"], config["smooth"]) as explain:
         scores = model(images)
-        heat = cam.upsample(explain(scores, classes=torch.from_numpy(predicted[order]).to(device)), images.shape[-2:])
+        classes, against = cam.EXPLAIN[config["explain"]](scores, torch.from_numpy(labels[order]).to(device))
+        heat = cam.upsample(explain(scores, classes=classes, against=against), images.shape[-2:])
     mask = proxy.pixel_mask(heat, config["area"], config["threshold"])
     erased = proxy.erase(images, mask, config["fill"], -mean / std)
 
@@ -292,17 +303,15 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
     columns = min(4, len(order))
     rows = math.ceil(len(order) / columns)
     figure = Figure((2.9 * columns, 6.4 * rows), layout="constrained")
-    figure.suptitle(f"Test images: as they are, {method} heat of the predicted class, and with the pixels that this run's "
-                    f"settings erase", fontsize=10)
+    figure.suptitle(f"Test images: as they are, {method} heat ({config['explain']} class), and with the pixels that this "
+                    f"run's settings erase", fontsize=10)
     grid = figure.subplots(3 * rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for place, index in enumerate(order):
         row, column = 3 * (place // columns), place % columns
         image = shown(images)[place]
-        warm = heat[place].cpu().numpy()[..., None]
-        overlay = image * (1 - 0.6 * warm) + HEAT_COLOURS(warm[..., 0])[..., :3] * 0.6 * warm
-        for offset, picture in enumerate((image, overlay, shown(erased)[place])):
+        for offset, picture in enumerate((image, overlay(image, heat[place].cpu().numpy()), shown(erased)[place])):
             grid[row + offset, column].imshow(picture, interpolation="nearest")
         right = predicted[index] == labels[index]
         names = [dataset.classes[labels[index]], dataset.classes[predicted[index]]]
@@ -342,12 +351,113 @@ def finish(folder, dataset=None, device=torch.device("cpu")):
     return result
 
 
+# --- where a network looks in any image ------------------------------------------------------------------------------
+
+
+def image_files(paths):
+    """The images that `paths` name: files as they are, folders with every image below them, in natural order."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in data.image_extensions()]
+            if not inside:
+                raise UserError(f"--image {path}: no images in this folder")
+            files += sorted(inside, key=lambda p: data.natural_order(str(p)))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"--image {path}: no such file")
+    return files
+
+
+def draw_heats(path, file, model, classes, methods, layer, mean, std, size, device):
+    """One sheet, `path`: the image in `file`, and the heat of its predicted class by each method, from one forward pass."""
+    try:
+        image = Image.open(file)
+        pixels = data.to_rgb(image, size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image {file}: cannot be read as an image ({error})") from None
+    upright = ImageOps.exif_transpose(image)
+    with contextlib.ExitStack() as blocks:
+        try:
+            heats = [blocks.enter_context(cam.CAM(model, method, None if method in cam.ATTENTION else layer))
+                     for method in methods]
+            logits = model(data.prepare(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device), mean, std))
+            heats = [cam.upsample(heat(logits), size)[0].cpu().numpy() for heat in heats]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    confidence, best = logits.detach()[0].softmax(0).topk(min(3, len(classes)))
+    said = [f"{classes[c]} ({p:.2f})" for c, p in zip(best.tolist(), confidence.tolist())]
+
+    columns = min(5, 1 + len(methods))
+    rows = math.ceil((1 + len(methods)) / columns)
+    figure = Figure((3 * columns, (3 * min(2, upright.height / upright.width) + 0.9) * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.axis("off")
+    pictures = [pixels / 255] + [overlay(pixels / 255, heat) for heat in heats]
+    titles = ["\n".join([file.name, *said])] + [f"{method}\n{said[0]}" for method in methods]
+    for axes, picture, title in zip(panels, pictures, titles):
+        axes.imshow(picture, aspect=upright.height / upright.width)  # the network saw a square; people see the image
+        axes.set_title(title, fontsize=9)
+        axes.title.set_parse_math(False)
+    save_figure(figure, path)
+
+
+def explain_images(options):
+    """`--image`: a sheet per image, for a run's network or for one named with --model."""
+    device = run.pick_device(options.device)
+    if options.runs:
+        opened = run.open_run(options.runs[0])
+        config, model, classes = opened.config, opened.network(), opened.split["classes"]
+    else:
+        given = {"dataset": "folder", "data_dir": ".", "model": options.model, "weights": options.weights}
+        config = run.resolve(run.read_configs(), {key: value for key, value in given.items() if value is not None})
+        classes = [str(c) for c in range(run.classes_of_weights(config))]
+        if len(classes) == 1000:
+            from timm.data import ImageNetInfo
+
+            names = ImageNetInfo()
+            classes = [names.index_to_description(c).split(",")[0] for c in range(1000)]
+        model, text = run.build_network(config, len(classes))
+        print(text)
+    model = model.to(device).eval()
+    layer = options.layer or config["layer"]
+    methods = options.cam or [config["cam"] if config["cam"] != "none" else "gradcam"]
+    for method in methods:
+        run.SETTINGS["cam"].check(method, "--cam")
+    mean, std = (t.to(device) for t in run.normalisation(config, model))
+    out = Path(options.out or (options.runs[0] if options.runs else "."))
+    out.mkdir(parents=True, exist_ok=True)
+    files, taken = image_files(options.image), set()
+    for file in files:
+        name = next(n for n in (f"heat-{file.stem}{i}.png" for i in ("", *(f"-{k}" for k in range(2, 10**6))))
+                    if n not in taken)
+        taken.add(name)
+        draw_heats(out / name, file, model, classes, methods, layer, mean, std, config["image_size"], device)
+        print(out / name)
+    print(f"{len(files)} sheets in {out}")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, as runs/NAME")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, as runs/NAME")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--image", nargs="+", help="images, or folders of them, to draw the heat for")
+    parser.add_argument("--cam", nargs="+", help=f"with --image: {', '.join(cam.METHODS)} (default: the run's own, or gradcam)")
+    parser.add_argument("--layer", help="with --image: the layer to explain (default: the run's own, or the rule's)")
+    parser.add_argument("--model", help="with --image: a network instead of a run's")
+    parser.add_argument("--weights", help="with --model: its weights (default: timm's pretrained ones)")
+    parser.add_argument("--out", help="with --image: folder for the sheets (default: the run's, or the current one)")
     options = parser.parse_args(arguments)
     try:
+        if bool(options.runs) == bool(options.model) or (options.image and len(options.runs) > 1):
+            raise UserError("name runs, or with --image one run or a network with --model. See python eval.py --help")
+        if not options.image and (options.model or options.cam or options.layer or options.out or options.weights):
+            raise UserError("--model, --weights, --cam, --layer and --out go with --image. See python eval.py --help")
+        if options.image:
+            explain_images(options)
+            return 0
         for folder in options.runs:
             opened, why_not = run.open_run(folder), None
             try:

@@ -86,7 +86,11 @@ SETTINGS = {
     "clip": Setting(float, "largest norm of the gradient", TINY, 1e9),
     "augment": Setting(bool, "light augmentation: the dataset's flip, rotation and shift"),
     "cam": Setting(str, "what gives the heat; none trains without Proxy Attention", choices=("none", *cam.METHODS)),
-    "layer": Setting(str, "the layer to explain (null: the deepest with at least a 4x4 grid)", optional=True),
+    "layer": Setting(str, "the layer to explain, or several with commas between (null: the deepest with at least a 4x4 "
+                     "grid)", optional=True),
+    "explain": Setting(str, "the score to explain: the predicted class's logit, the true one's, or the true one's margin "
+                       "over the best other", choices=tuple(cam.EXPLAIN)),
+    "smooth": Setting(bool, "eigen-smoothing: the first principal component of the weighted activations"),
     "warmup": Setting(int, "epochs before the first image is erased", 0, 100_000),
     "select": Setting(str, "which images are erased", choices=tuple(proxy.SELECTIONS)),
     "area": Setting(float, "erase this share of an image's pixels, the hottest", TINY, 1, optional=True),
@@ -337,12 +341,8 @@ def _no_hub(name, reason):
             "(.safetensors or .pth), or train from random weights with --no-pretrained")
 
 
-def load_weights(model, path):
-    """Load a `.safetensors` or `.pth` file into `model`, executing nothing that lies in it.
-
-    Tensors that the network has not, or has in another shape (as the head for other classes), are left out. Returns a text that says
-    which and why. Raises UserError where the file cannot be read or nothing in it fits.
-    """
+def read_weights(path):
+    """{name: tensor} of a `.safetensors` or `.pth` file; executes nothing in it. Raises UserError where it cannot be read."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -363,9 +363,17 @@ def load_weights(model, path):
             found = found[key]
     if not isinstance(found, dict):
         raise UserError(f"--weights {path}: holds {type(found).__name__}, not named tensors")
-    found = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in found.items()
-             if isinstance(v, torch.Tensor)}
-    own = model.state_dict()
+    return {str(k).removeprefix("module.").removeprefix("_orig_mod."): v for k, v in found.items()
+            if isinstance(v, torch.Tensor)}
+
+
+def load_weights(model, path):
+    """Load a `.safetensors` or `.pth` file into `model`.
+
+    Tensors that the network has not, or has in another shape (as the head for other classes), are left out. Returns a text that says
+    which and why. Raises UserError where the file cannot be read or nothing in it fits.
+    """
+    found, own = read_weights(path), model.state_dict()
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
     if not fits:
         raise UserError(f"--weights {path}: none of its {len(found)} tensors fits {type(model).__name__}, whose first "
@@ -377,6 +385,18 @@ def load_weights(model, path):
     lines += [f"  left out {k}: the network has no such tensor" for k in found if k not in own]
     lines += [f"  not in the file, so random: {k}" for k in own if k not in found]
     return "\n".join(lines)
+
+
+def classes_of_weights(config):
+    """Number of classes that the weights of a config were trained for: the file's head says, or else timm."""
+    import timm
+
+    known = timm.models.get_pretrained_cfg(config["model_entry"]["timm"], allow_unregistered=True)
+    if config["weights"] and known is not None and isinstance(known.classifier, str):
+        head = read_weights(config["weights"]).get(f"{known.classifier}.weight")
+        if head is not None:
+            return len(head)
+    return known.num_classes if known is not None else 1000
 
 
 def normalisation(config, model):
@@ -399,7 +419,8 @@ def try_network(config, model):
     what = f"{config['model']} with images of {size}x{size}"
     try:
         if config["cam"] != "none":
-            explain, what = cam.CAM(model, config["cam"], config["layer"]), f"--cam {config['cam']} with {what}"
+            what = f"--cam {config['cam']} with {what}"
+            explain = cam.CAM(model, config["cam"], config["layer"], config["smooth"])
         with explain, torch.no_grad():
             logits = model.eval()(torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device))
             return (None, None) if config["cam"] == "none" else (explain.layer_name, explain(logits, rows=[]).shape[1:])
@@ -534,7 +555,7 @@ def describe_environment(dataset, device):
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
         "timm": timm.__version__, "numpy": np.__version__,
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "platform": platform.platform(), "processor": _processor(),
+        "platform": platform.platform(), "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "dataset": {"name": dataset.name, "root": str(Path(dataset.root).resolve()), "images": len(dataset),
@@ -542,7 +563,8 @@ def describe_environment(dataset, device):
     }
 
 
-def _processor():
+def processor():
+    """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -55,7 +55,7 @@ def train(config, folder, dataset, split, model, device):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config["lr"], pct_start=WARM_UP_SHARE,
                                                    total_steps=config["epochs"] * len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    explain = None if config["cam"] == "none" else cam.CAM(model, config["cam"], config["layer"])
+    explain = None if config["cam"] == "none" else cam.CAM(model, config["cam"], config["layer"], config["smooth"])
     seats = max(1, int(config["share"] * batches.order.batch_size))
     first_epoch, waiting = load_last(folder, model, optimizer, schedule, scaler, device)
 
@@ -81,7 +81,8 @@ def train(config, folder, dataset, split, model, device):
                     with counts.timing_cam():
                         draw = torch.rand(len(labels)).to(device, non_blocking=True)
                         rows, chosen = proxy.select(config["select"], logits, labels, fresh, seats, draw)
-                        heat = cam.upsample(explain(logits, rows), images.shape[-2:])
+                        classes, against = cam.EXPLAIN[config["explain"]](logits[rows], labels[rows])
+                        heat = cam.upsample(explain(logits, rows, classes, against), images.shape[-2:])
                         mask = proxy.pixel_mask(heat, config["area"], config["threshold"])
                         erased = proxy.erase(images[rows], mask, config["fill"], -mean / std)
                         waiting = proxy.Waiting(erased, labels[rows], chosen & mask.flatten(1).any(1))

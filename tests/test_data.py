@@ -194,7 +194,7 @@ def test_what_is_missing_is_said_with_where_to_get_it(tmp_path):
             load(name, tmp_path / "gone")
     with pytest.raises(UserError, match="no images in .*https://www.kaggle.com/datasets/grassknoted/asl-alphabet"):
         load("asl", tmp_path)
-    with pytest.raises(UserError, match="torchvision's OxfordIIITPet: Dataset not found.*download=True"):
+    with pytest.raises(UserError, match="torchvision's OxfordIIITPet in .*: Dataset not found. Get it: python -c .*download=True"):
         load("pets", tmp_path)
     draw_classes(tmp_path, classes="A")
     with pytest.raises(UserError, match="holds 10 images but not two class folders of them"):

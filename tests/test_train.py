@@ -17,6 +17,7 @@ import run
 import train
 
 REPOSITORY = Path(train.__file__).parent
+LITE0 = REPOSITORY.parent / "shared" / "weights" / "tf_efficientnet_lite0.safetensors"
 LEFT = ["best.pt", "config.json", "confusion.png", "curves.png", "env.json", "last.pt", "log.jsonl", "metrics.json",
         "predictions.npz", "reliability.png", "sheet.png", "split.json"]
 
@@ -54,6 +55,58 @@ def test_eval_prints_the_metrics_again_and_rewrites_them_identically(trained):
     (folder / "predictions.npz").unlink()  # then they are made again, from last.pt
     assert evaluation.main([str(folder)]) == 0
     assert metrics_of(folder)["test"] == json.loads(before)["test"]
+
+
+@pytest.mark.parametrize("arguments", [["--explain", "true", "--cam", "layercam"], ["--explain", "margin", "--smooth"],
+                                       ["--layer", "layer2,layer4", "--cam", "hirescam"], ["--cam", "random"],
+                                       ["--cam", "cam"], ["--cam", "eigencam", "--threshold", "0.6"]])
+def test_each_way_of_explaining_trains(trained, arguments):
+    folder = trained(*arguments, epochs=1)
+    assert run.read_log(folder)[0]["erased_images"] > 0 and (folder / "sheet.png").exists()
+
+
+def test_rollout_trains_a_vit_and_its_run_opens_again(asl, tmp_path):
+    assert train.main(["--dataset", "asl", "--data-dir", str(asl), "--model", "test_vit", "--image-size", "160", "--cam",
+                       "gradrollout", "--no-pretrained", "--epochs", "1", "--out", str(tmp_path), "--name", "r"]) == 0
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["layer"] is None
+    assert evaluation.main([str(tmp_path / "r")]) == 0
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """scikit-learn's two sample photographs as files, one of them in a subfolder."""
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "more").mkdir()
+    for name, picture in zip(("china.jpg", "more/flower.png"), load_sample_images().images):
+        Image.fromarray(picture).save(folder / name)
+    return folder
+
+
+def test_image_sheets_show_what_each_method_sees(trained, photographs, tmp_path, capsys):
+    folder, before = trained(epochs=1), hash_folder(photographs)
+    assert evaluation.main([str(folder), "--image", str(photographs), str(photographs / "china.jpg"), "--cam", "gradcam",
+                            "eigencam", "center", "--out", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["heat-china-2.png", "heat-china.png", "heat-flower.png"]
+    for path in tmp_path.glob("*.png"):
+        sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        panels = np.array_split(sheet[len(sheet) // 2], 4, axis=0)  # one row of pixels through the four pictures
+        assert all((panel.max(1) - panel.min(1)).max() > 20 for panel in panels)
+    assert hash_folder(photographs) == before
+    assert evaluation.main([str(folder), "--image", str(photographs / "gone.jpg")]) == 2
+    assert evaluation.main([str(folder), "--image", str(photographs), "--cam", "rollout"]) == 2
+    assert evaluation.main([str(folder), "--cam", "gradcam"]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["eval.py"] * 3
+    assert "gone.jpg: no such file" in shown[0] and "rollout needs a transformer" in shown[1] and "go with --image" in shown[2]
+
+
+@pytest.mark.skipif(not LITE0.exists(), reason="needs shared/weights beside the project")
+def test_image_sheets_need_no_run(photographs, tmp_path, capsys):
+    assert evaluation.main(["--model", "efficientnet_lite0", "--weights", str(LITE0), "--image", str(photographs / "china.jpg"),
+                            "--out", str(tmp_path)]) == 0
+    assert "296 of 296 tensors" in capsys.readouterr().out and (tmp_path / "heat-china.png").exists()
 
 
 def test_with_and_without_proxy_attention_split_steps_and_images_are_the_same(trained):
@@ -134,7 +187,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(asl, tmp_path, capsys):
     (["--epochs", "three"], '--epochs: "three" is not a whole number'),
     (["--epochs"], "argument --epochs: expected one argument"),
     (["--lr", "nan"], "--lr: nan is out of range"),
-    (["--cam", "grad-cam"], "--cam: unknown 'grad-cam'; expected one of none, cam, gradcam, gradcam++. Did you mean 'gradcam'?"),
+    (["--cam", "grad-cam"], "--cam: unknown 'grad-cam'; expected one of none, cam, gradcam, "),
     (["--cam", "cam", "--model", "test_vit", "--image-size", "160"], "cam needs a linear head on the global average"),
     (["--image-size", "8", "--model", "test_vit2"], "test_vit2 with images of 8x8: Input height (8) should be divisible"),
     (["--image-size", "16", "--model", "vit_tiny", "--no-pretrained"], "no layer keeps a 4x4 grid for images of 16x16"),
@@ -178,7 +231,7 @@ def test_help_shows_each_option_with_its_default():
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision_trains(trained, amp):
-    line = run.read_log(trained("--amp", amp, epochs=1))[0]
+    line = run.read_log(trained("--amp", amp, "--train-fraction", "0.2", epochs=1))[0]
     assert np.isfinite(line["train_loss"]) and line["erased_images"] > 0
 
 

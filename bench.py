@@ -1,0 +1,235 @@
+"""What it costs, side by side in one run: every variant in turn, round after round, medians.
+
+    python bench.py cam                                   # heat: ours within a step and alone, and the libraries'
+    python bench.py cam --models resnet18 vit_small --rounds 15 --batch-size 16
+
+Times wander with the machine; the ratios of one run are what to read. Needs `tests/requirements.txt` for the grad-cam library;
+torch-cam joins where it is installed (`pip install torchcam`).
+"""
+
+import argparse
+import gc
+import platform
+import statistics
+import sys
+import time
+
+import timm
+import torch
+import torch.nn.functional as F
+
+import cam
+import run
+from data import UserError
+
+CAM_MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
+
+
+def now(device):
+    """Seconds, after the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def medians(variants, rounds, device):
+    """{name: median milliseconds} of {name: function}, interleaved, after one round to warm up.
+
+    A function that returns seconds is counted by these, and not by what the whole call took.
+    """
+    taken = {name: [] for name in variants}
+    for round_ in range(rounds + 1):
+        for name, variant in variants.items():
+            gc.collect()
+            start = now(device)
+            counted = variant()
+            seconds = now(device) - start if counted is None else counted
+            if round_:
+                taken[name].append(1000 * seconds)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def peak_bytes(work, device):
+    """Most bytes that `work` had allocated at one time, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def describe_machine(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{run.processor()}, {torch.get_num_threads()} threads"
+    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+
+
+def bench_cam(options):
+    """Heat of a whole batch, network by network and method by method; prints a table, in milliseconds.
+
+    adds: what heat on its own grid takes within a training step; to size: bringing it to image size. alone: a forward pass made for
+    the heat, to image size, as the libraries do it. peak: most memory that the heat takes within a step, as a share of what A, its
+    gradient and the maps take.
+    """
+    device = run.pick_device(options.device)
+    libraries = cam_libraries()
+    print(f"{describe_machine(device)}\nbatch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
+          f"medians of {options.rounds} rounds, milliseconds")
+    names = ["forward", "train step", "adds", "to size", "alone", *libraries]
+    print(f"\n{'network':16}{'method':12}" + "".join(f"{n:>12}" for n in names)
+          + f"{'adds/forward':>14}" + "".join(f"{n + '/alone':>16}" for n in libraries) + f"{'peak/(A+G+maps)':>17}")
+    configs = run.read_configs()
+    for short in options.models:
+        config = run.resolve(configs, {"dataset": "folder", "data_dir": ".", "model": short, "pretrained": False,
+                                       "image_size": options.image_size})
+        torch.manual_seed(0)
+        model, _ = run.build_network(config, 10)
+        model = model.to(device, memory_format=torch.channels_last)
+        images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=device)
+        images = images.to(memory_format=torch.channels_last)
+        for method in options.methods:
+            bench_cam_method(model, images, method, libraries, options.rounds, device, short)
+
+
+def bench_cam_method(model, images, method, libraries, rounds, device, short):
+    """One line of the table."""
+    labels = torch.zeros(len(images), dtype=torch.long, device=device)
+    classes = torch.ones(len(images), dtype=torch.long, device=device)
+    explain = cam.CAM(model, method)
+
+    def forward():
+        model.train()
+        start = now(device)
+        logits = model(images)
+        seconds = now(device) - start
+        del logits
+        return seconds
+
+    def step():
+        model.train()
+        F.cross_entropy(model(images), labels).backward()
+        model.zero_grad(set_to_none=True)
+
+    def adds():
+        model.train()
+        with explain:
+            logits = model(images)
+            start = now(device)
+            explain(logits, classes=classes)
+            return now(device) - start
+
+    def to_size():
+        with explain:
+            heat = explain(model(images), classes=classes)
+            start = now(device)
+            cam.upsample(heat, images.shape[-1])
+            return now(device) - start
+
+    def alone():
+        model.eval()
+        with explain:
+            cam.upsample(explain(model(images), classes=classes), images.shape[-1])
+
+    alone()  # fixes the layer
+    variants = {"forward": forward, "train step": step, "adds": adds, "to size": to_size, "alone": alone}
+    for name, library in libraries.items():
+        variants[name] = library(model, images, classes, method, explain)
+    times = medians({name: v for name, v in variants.items() if v}, rounds, device)
+
+    model.train()
+    with explain:
+        logits = model(images)
+        A = explain._activations[0]
+        maps = A[0].numel() // A.shape[-1 if A.dim() == 3 or A.shape[1] == A.shape[2] else 1] * len(images)
+        allowed = 4 * (2 * A.numel() + maps)
+        peak = peak_bytes(lambda: explain(logits, classes=classes), device)
+        del logits, A
+    print(f"{short:16}{method:12}" + "".join(f"{times[n]:12.2f}" if n in times else f"{'-':>12}" for n in variants)
+          + f"{times['adds'] / times['forward']:14.4f}"
+          + "".join(f"{times[n] / times['alone']:16.2f}" if n in times else f"{'-':>16}" for n in libraries)
+          + f"{peak / allowed:17.2f}", flush=True)
+
+
+def cam_libraries():
+    """{name: function of (model, images, classes, method, ours) -> function to time, or None} of what is installed."""
+    found = {}
+    try:
+        import pytorch_grad_cam as library
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError:
+        print("grad-cam is not installed: pip install -r tests/requirements.txt")
+    else:
+        known = {"gradcam": library.GradCAM, "gradcam++": library.GradCAMPlusPlus, "xgradcam": library.XGradCAM,
+                 "hirescam": library.HiResCAM, "layercam": library.LayerCAM, "elementwise": library.GradCAMElementWise,
+                 "eigencam": library.EigenCAM, "eigengradcam": library.EigenGradCAM}
+
+        def grad_cam(model, images, classes, method, ours):
+            if method not in known:
+                return None
+            targets = [ClassifierOutputTarget(c) for c in classes.tolist()]
+
+            def work():
+                model.eval()
+                with known[method](model, ours.layers, reshape_transform=ours.grid) as explain:
+                    explain(images, targets)
+
+            with ours:  # so that `ours.grid` knows the images' proportions
+                ours._before(model, (images,), {})
+            return work
+
+        found["grad-cam"] = grad_cam
+    try:
+        from torchcam import methods
+    except ImportError:
+        pass
+    else:
+        others = {"gradcam": methods.GradCAM, "gradcam++": methods.GradCAMpp, "xgradcam": methods.XGradCAM,
+                  "layercam": methods.LayerCAM}
+
+        def torch_cam(model, images, classes, method, ours):
+            with ours:
+                A = ours.layers and model.eval()(images[:1]) is not None and ours._activations[0]
+            if method not in others or A.dim() != 4 or A.shape[1] == A.shape[2]:  # it knows [B, C, h, w] alone
+                return None
+
+            def work():
+                model.eval()
+                with others[method](model, target_layer=ours.layer_name) as explain:
+                    maps = explain(classes.tolist(), model(images))[0]
+                    F.interpolate(maps[:, None], size=images.shape[-2:], mode="bilinear")
+
+            return work
+
+        found["torch-cam"] = torch_cam
+    return found
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["cam"], help="what to measure")
+    parser.add_argument("--models", nargs="+", default=CAM_MODELS, help=f"networks (default: {' '.join(CAM_MODELS)})")
+    parser.add_argument("--methods", nargs="+", default=["gradcam", "gradcam++"], choices=tuple(cam.METHODS),
+                        help="CAM methods (default: gradcam gradcam++)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
+    parser.add_argument("--image-size", type=int, default=224, help="side in pixels (default: 224)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    options = parser.parse_args(arguments)
+    try:
+        bench_cam(options)
+    except UserError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
