@@ -2,12 +2,14 @@
 
     python bench.py cam                                   # heat: ours within a step and alone, and the libraries'
     python bench.py cam --models resnet18 vit_small --rounds 15 --batch-size 16
+    python bench.py compile --models resnet18             # what the graph break of a hook costs a compiled step
 
 Times wander with the machine; the ratios of one run are what to read. Needs `tests/requirements.txt` for the grad-cam library;
 torch-cam joins where it is installed (`pip install torchcam`).
 """
 
 import argparse
+import contextlib
 import gc
 import platform
 import statistics
@@ -86,15 +88,8 @@ def bench_cam(options):
     names = ["forward", "train step", "adds", "to size", "alone", *libraries]
     print(f"\n{'network':16}{'method':12}" + "".join(f"{n:>12}" for n in names)
           + f"{'adds/forward':>14}" + "".join(f"{n + '/alone':>16}" for n in libraries) + f"{'peak/(A+G+maps)':>17}")
-    configs = run.read_configs()
     for short in options.models:
-        config = run.resolve(configs, {"dataset": "folder", "data_dir": ".", "model": short, "pretrained": False,
-                                       "image_size": options.image_size})
-        torch.manual_seed(0)
-        model, _ = run.build_network(config, 10)
-        model = model.to(device, memory_format=torch.channels_last)
-        images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=device)
-        images = images.to(memory_format=torch.channels_last)
+        model, images = network_and_images(short, options, device)
         for method in options.methods:
             bench_cam_method(model, images, method, libraries, options.rounds, device, short)
 
@@ -158,6 +153,45 @@ def bench_cam_method(model, images, method, libraries, rounds, device, short):
           + f"{peak / allowed:17.2f}", flush=True)
 
 
+def bench_compile(options):
+    """A training step under torch.compile: plain, with the hook and its graph breaks, and with the heat of every image as well."""
+    device = run.pick_device(options.device)
+    print(f"{describe_machine(device)}\nbatch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
+          f"medians of {options.rounds} rounds, milliseconds\n\n{'network':16}{'eager':>12}{'compiled':>12}{'with hook':>12}"
+          f"{'with heat':>12}{'hook/compiled':>16}{'heat/compiled':>16}")
+    for short in options.models:
+        model, images = network_and_images(short, options, device)
+        model.train()
+        labels = torch.zeros(len(images), dtype=torch.long, device=device)
+        plain, hooked = torch.compile(model), torch.compile(model)
+        explain = cam.CAM(hooked, options.methods[0])
+        with explain:
+            model(images)  # fixes the layer
+
+        def step(network, block=contextlib.nullcontext(), heat=False):
+            with block:
+                logits = network(images)
+                if heat:
+                    explain(logits)
+                F.cross_entropy(logits, labels).backward()
+            model.zero_grad(set_to_none=True)
+
+        times = medians({"eager": lambda: step(model), "compiled": lambda: step(plain), "hook": lambda: step(hooked, explain),
+                         "heat": lambda: step(hooked, explain, True)}, options.rounds, device)
+        print(f"{short:16}" + "".join(f"{time:12.2f}" for time in times.values())
+              + "".join(f"{times[n] / times['compiled']:16.3f}" for n in ("hook", "heat")), flush=True)
+
+
+def network_and_images(short, options, device):
+    """A network with random weights for ten classes, and a batch for it, both channels last on the device."""
+    config = run.resolve(run.read_configs(), {"dataset": "folder", "data_dir": ".", "model": short, "pretrained": False,
+                                              "image_size": options.image_size})
+    torch.manual_seed(0)
+    model, _ = run.build_network(config, 10)
+    images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=device)
+    return (model.to(device, memory_format=torch.channels_last), images.to(memory_format=torch.channels_last))
+
+
 def cam_libraries():
     """{name: function of (model, images, classes, method, ours) -> function to time, or None} of what is installed."""
     found = {}
@@ -214,7 +248,7 @@ def cam_libraries():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cam"], help="what to measure")
+    parser.add_argument("what", choices=["cam", "compile"], help="what to measure")
     parser.add_argument("--models", nargs="+", default=CAM_MODELS, help=f"networks (default: {' '.join(CAM_MODELS)})")
     parser.add_argument("--methods", nargs="+", default=["gradcam", "gradcam++"], choices=tuple(cam.METHODS),
                         help="CAM methods (default: gradcam gradcam++)")
@@ -224,7 +258,7 @@ def main(arguments=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     options = parser.parse_args(arguments)
     try:
-        bench_cam(options)
+        {"cam": bench_cam, "compile": bench_compile}[options.what](options)
     except UserError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

@@ -50,8 +50,9 @@ def gradcam_plus_plus(A, G):
     up to 0.015.
     """
     g = G.relu()  # what is not positive weighs nothing, whatever its alpha
-    squared = g * g
-    return (squared * g / (squared * (2 + A.sum((2, 3), keepdim=True) * g) + 1e-6)).sum((2, 3), keepdim=True)
+    # alpha g = g / (2 + sum(A) g + 1e-6 / g^2), in place where it can be, as fresh memory costs more than the arithmetic
+    denominator = g.square().reciprocal_().mul_(1e-6).add_(2).addcmul_(A.sum((2, 3), keepdim=True), g)
+    return g.div_(denominator).sum((2, 3), keepdim=True)
 
 
 def xgradcam(A, G):
@@ -198,7 +199,7 @@ class CAM:
     Raises ValueError, naming what would serve, for an unknown method or layer and where no layer or method fits.
 
     Under `torch.compile`, make the CAM before the compiled model is called for the first time: it tells the compiler to look at
-    hooks and to let the graph be walked twice. Each hook breaks the compiled graph in two; `bench.py cam` says what that costs.
+    hooks and to let the graph be walked twice. Each hook breaks the compiled graph in two; `bench.py compile` says what that costs.
     """
 
     def __init__(self, model, method="gradcam", layer=None, smooth=False):
