@@ -206,6 +206,7 @@ def cam_libraries():
                  "eigencam": library.EigenCAM, "eigengradcam": library.EigenGradCAM}
 
         def grad_cam(model, images, classes, method, ours):
+            """Hooks, a forward and a backward pass through the whole network, NumPy and OpenCV image by image, at image size."""
             if method not in known:
                 return None
             targets = [ClassifierOutputTarget(c) for c in classes.tolist()]
@@ -229,6 +230,7 @@ def cam_libraries():
                   "layercam": methods.LayerCAM}
 
         def torch_cam(model, images, classes, method, ours):
+            """Hooks, a forward pass and a backward pass to the layer, brought to image size as ours is."""
             with ours:
                 A = ours.layers and model.eval()(images[:1]) is not None and ours._activations[0]
             if method not in others or A.dim() != 4 or A.shape[1] == A.shape[2]:  # it knows [B, C, h, w] alone
@@ -247,6 +249,7 @@ def cam_libraries():
 
 
 def main(arguments=None):
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cam", "compile"], help="what to measure")
     parser.add_argument("--models", nargs="+", default=CAM_MODELS, help=f"networks (default: {' '.join(CAM_MODELS)})")

@@ -440,6 +440,7 @@ def explain_images(options):
 
 
 def main(arguments=None):
+    """The command line; returns the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, as runs/NAME")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")

@@ -38,6 +38,7 @@ import run
 from data import UserError
 
 WARM_UP_SHARE = 0.25  # of the one-cycle schedule: the learning rate rises for a quarter of the steps
+FEWEST_STEPS = 8  # a one-cycle schedule of fewer steps divides by zero or stays at zero: shorter runs end within this one
 DISPLAY_SECONDS = 0.5  # the display asks the device for its counts this often; nothing else waits for it
 
 
@@ -53,7 +54,7 @@ def train(config, folder, dataset, split, model, device):
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(timm.optim.param_groups_weight_decay(model, config["weight_decay"]), lr=config["lr"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config["lr"], pct_start=WARM_UP_SHARE,
-                                                   total_steps=config["epochs"] * len(batches))
+                                                   total_steps=max(FEWEST_STEPS, config["epochs"] * len(batches)))
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     explain = None if config["cam"] == "none" else cam.CAM(model, config["cam"], config["layer"], config["smooth"])
     seats = max(1, int(config["share"] * batches.order.batch_size))
@@ -347,6 +348,7 @@ def resume(folder, options):
 
 
 def main(arguments=None):
+    """The command line; returns the exit status: 2 for what the user can mend, 130 when interrupted."""
     folder = None
     try:
         options, other = parse(arguments)

@@ -229,6 +229,16 @@ def test_help_shows_each_option_with_its_default():
         assert f"(default: {'null' if defaults[key] is None else defaults[key]})" in shown
 
 
+@pytest.mark.parametrize("batch_size, steps", [(1000, 1), (128, 2), (100, 3), (64, 4), (51, 5)])
+def test_a_run_of_very_few_steps_still_learns(trained, batch_size, steps):
+    folder = trained("--train-fraction", "0.2", "--batch-size", str(batch_size), epochs=1)
+    assert metrics_of(folder)["cost"]["optimizer_steps"] == steps
+    torch.manual_seed(0)
+    start, _ = run.build_network(run.open_run(folder).config, 10)
+    trained_weights = run.load_checkpoint(folder / "last.pt")["model"]
+    assert (start.fc.weight - trained_weights["fc.weight"]).abs().max() > 1e-5
+
+
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision_trains(trained, amp):
     line = run.read_log(trained("--amp", amp, "--train-fraction", "0.2", epochs=1))[0]
