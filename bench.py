@@ -142,11 +142,9 @@ def bench_cam_method(model, images, method, libraries, rounds, device, short):
     model.train()
     with explain:
         logits = model(images)
-        A = explain._activations[0]
-        maps = A[0].numel() // A.shape[-1 if A.dim() == 3 or A.shape[1] == A.shape[2] else 1] * len(images)
-        allowed = 4 * (2 * A.numel() + maps)
+        allowed = 4 * (2 * explain._activations[0].numel() + explain(logits, classes=classes).numel())
         peak = peak_bytes(lambda: explain(logits, classes=classes), device)
-        del logits, A
+        del logits
     print(f"{short:16}{method:12}" + "".join(f"{times[n]:12.2f}" if n in times else f"{'-':>12}" for n in variants)
           + f"{times['adds'] / times['forward']:14.4f}"
           + "".join(f"{times[n] / times['alone']:16.2f}" if n in times else f"{'-':>16}" for n in libraries)

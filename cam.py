@@ -252,6 +252,8 @@ class CAM:
         if self._hooks:
             raise RuntimeError("this CAM's block has been entered already")
         self._hooks.append(self.model.register_forward_pre_hook(self._outside_graph(self._before), with_kwargs=True))
+        if self._linear is not None:
+            self._hooks.append(self._linear.register_forward_pre_hook(self._outside_graph(self._keep_pooled)))
         if self._attentions:
             self._hook_attention()
         elif self.layers:
@@ -261,8 +263,6 @@ class CAM:
                 if name:
                     self._hooks.append(module.register_forward_hook(lambda m, i, out, name=name: self._see(name, out)))
             self._hooks.append(self.model.register_forward_hook(lambda *_: self._choose()))
-        if self._linear is not None:
-            self._hooks.append(self._linear.register_forward_pre_hook(self._outside_graph(self._keep_pooled)))
         return self
 
     def _hook_layers(self):
@@ -331,12 +331,11 @@ class CAM:
         same = [name for name, output, *_ in fine if output is deepest]
         name = min(same, key=lambda name: (name not in self._stages, name.count(".")))
         self.layers, self._activations, self._seen = [self.model.get_submodule(name)], {0: deepest}, []
-        for hook in self._hooks[1:]:  # the first stays: it is `_before`
+        stay = 1 if self._linear is None else 2  # `_before` and `_keep_pooled`
+        for hook in self._hooks[stay:]:
             hook.remove()
-        self._hooks = self._hooks[:1]
+        self._hooks = self._hooks[:stay]
         self._hook_layers()
-        if self._linear is not None:
-            self._hooks.append(self._linear.register_forward_pre_hook(self._outside_graph(self._keep_pooled)))
 
     def _candidates(self, order):
         """Names that the rule allows, given all names in order of execution."""
@@ -346,11 +345,15 @@ class CAM:
                                   and min(self.grid(output).shape[-2:]) >= MIN_GRID and name.count(".") < 4)
             raise ValueError("this network does not give its stages as one tensor each: name the layer to explain, as "
                              f"{' or '.join(list(serve)[-4:]) or 'none that keeps a grid'}")
-        if self._prefix and getattr(self.model, "global_pool", "token") in ("token", ""):
+        if self._reads_class_token():
             inside = [name for name in order if name.startswith(stages[-1] + ".")]
             return set(inside[:1])
         # What follows the last stage counts where it is a part of the network's own, as a last norm or convolution.
         return {*stages, *(name for name in order[order.index(stages[-1]):] if "." not in name)}
+
+    def _reads_class_token(self):
+        """Whether the head sees a class token alone, and no patch."""
+        return self._prefix > 0 and getattr(self.model, "global_pool", "token") in ("token", "")
 
     def grid(self, tensor):
         """Output of a layer as [B, C, h, w], or None where it is not a map of the image.
@@ -462,8 +465,7 @@ class CAM:
             # The output of a head is its probabilities times v, so that is how the gradient comes back to them.
             G = [_pick(g, rows).unflatten(2, (v.shape[1], -1)).transpose(1, 2) @ v.transpose(2, 3) for g, v in zip(of_mixed, V)]
         relevance = ATTENTION[self.method](A, G)
-        class_token = self._prefix and getattr(self.model, "global_pool", "token") in ("token", "")
-        read = relevance[:, 0] if class_token else relevance[:, self._prefix:].mean(1)
+        read = relevance[:, 0] if self._reads_class_token() else relevance[:, self._prefix:].mean(1)
         return rescale(read[:, self._prefix:].unflatten(1, sides))
 
     def _attend(self, module, qkv):

@@ -30,6 +30,7 @@ PARTS = ("train", "val", "test")
 PART_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                   "test": "test", "testing": "test"}
 RESIDENT_BYTES = 2**30  # datasets that come as arrays stay on the device when resized they take at most this much
+UNREADABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError  # what Pillow raises for a broken image
 HASH_THREADS = 8  # reading files waits for the disk, so more threads than cores
 
 
@@ -438,7 +439,7 @@ class Decoded(torch.utils.data.Dataset):
         index = self.indices[position]
         try:
             pixels = to_rgb(self.dataset.open(index), self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.dataset.root / self.dataset.ids[index]}: cannot be read as an image "
                             f"({error}). Mend or remove it.") from None
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1), int(self.dataset.labels[index])

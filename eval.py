@@ -57,10 +57,9 @@ def predict(model, batches, mean, std, device, amp=None):
     return torch.cat(logits), torch.cat(labels)
 
 
-def evaluation_batches(config, dataset, split, device):
-    """{"val": Batches, "test": Batches}, in the order of the split's ids."""
-    return {part: data.Batches(dataset, split[part], config["image_size"], config["batch_size"], device,
-                               decoding_workers(config)) for part in ("val", "test")}
+def batches_in_order(config, dataset, ids, device):
+    """Batches of the images `ids`, in their order."""
+    return data.Batches(dataset, ids, config["image_size"], config["batch_size"], device, decoding_workers(config))
 
 
 def decoding_workers(config):
@@ -72,8 +71,8 @@ def write_predictions(folder, config, model, dataset, split, device):
     """Predict the validation and test images once, in float32, into `predictions.npz`."""
     mean, std = (t.to(device) for t in run.normalisation(config, model))
     arrays, start = {}, time.perf_counter()
-    for part, batches in evaluation_batches(config, dataset, split, device).items():
-        logits, labels = predict(model, batches, mean, std, device)
+    for part in ("val", "test"):
+        logits, labels = predict(model, batches_in_order(config, dataset, split[part], device), mean, std, device)
         arrays |= {f"{part}_ids": np.array(split[part]).astype(np.bytes_) if all(i.isascii() for i in split[part])
                    else np.array([i.encode("utf-8", "surrogateescape") for i in split[part]]),
                    f"{part}_logits": logits.cpu().numpy(), f"{part}_labels": labels.cpu().numpy()}
@@ -375,7 +374,7 @@ def draw_heats(path, file, model, classes, methods, layer, mean, std, size, devi
     try:
         image = Image.open(file)
         pixels = data.to_rgb(image, size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except data.UNREADABLE as error:
         raise UserError(f"--image {file}: cannot be read as an image ({error})") from None
     upright = ImageOps.exif_transpose(image)
     with contextlib.ExitStack() as blocks:

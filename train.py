@@ -47,7 +47,7 @@ def train(config, folder, dataset, split, model, device):
     amp = run.pick_amp(config["amp"], device)
     batches = data.Batches(dataset, split["train"], config["image_size"], config["batch_size"], device,
                            evaluation.decoding_workers(config), seed=config["seed"])
-    validation = evaluation.evaluation_batches(config, dataset, split, device)["val"]
+    validation = evaluation.batches_in_order(config, dataset, split["val"], device)
     augment = config["dataset_entry"]["augment"] if config["augment"] else None
     mean, std = (t.to(device) for t in run.normalisation(config, model))
 
