@@ -3,13 +3,18 @@
     dataset = load_dataset("asl", entry, "data/asl")          # what there is: ids, labels, classes, content hashes
     split = make_split(dataset, entry["split"], seed=0)       # which image serves for what, fixed for the run
     batches = Batches(dataset, split["train"], size=224, ...) # uint8 [B, 3, S, S] on the device
-    images = prepare(pixels, mean, std, augment=..., seed=(0, epoch, step))   # float32, normalised
+    images = prepare(pixels, mean, std)                       # float32, normalised
+    images = augment(pixels, mean, std, config, (seed, epoch, step))            # the same, each image changed its own way
+    images, labels = mix(images, labels, classes, config, (seed, epoch, step))  # mixup and cutmix
 
-To add a dataset, add an entry to `configs.json`; to add a way of lying on the disk, add a function to `LAYOUTS`.
+To add a dataset, add an entry to `configs.json`; to add a way of lying on the disk or of augmenting, add a function to `LAYOUTS` or
+`AUGMENTATIONS`.
 Nothing here ever writes to a dataset's folder.
 """
 
+import contextlib
 import csv
+import difflib
 import hashlib
 import math
 import os
@@ -24,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from rich.progress import track
+from torchvision.transforms import v2
 
 PARTS = ("train", "val", "test")
 # How datasets name these parts on the disk.
@@ -68,6 +74,38 @@ class Dataset:
             return Image.open(self.images[index])
         return self.images[index][0]
 
+    def where(self, index):
+        """The file, or else the name, of image number `index`, for messages."""
+        files = self.images if isinstance(self.images, list) else getattr(self.images, "files", [])
+        place = index - (len(self) - len(files))
+        return files[place] if 0 <= place < len(files) else self.root / self.ids[index]
+
+    @property
+    def in_memory(self):
+        """Whether all images are there without decoding files."""
+        return isinstance(self.images, np.ndarray) or getattr(self.images, "in_memory", False)
+
+    def only(self, names):
+        """The same dataset with these classes alone, in the order that it has them. Raises UserError for an unknown class."""
+        for name in names:
+            if name not in self.classes:
+                near = difflib.get_close_matches(name, self.classes, 1, 0.5)
+                raise UserError(f"--classes: dataset {self.name} has no class {name!r}"
+                                + (f". Did you mean {near[0]!r}?" if near else f"; it has {', '.join(self.classes[:10])} …"))
+        classes = [c for c in self.classes if c in names]
+        if len(classes) < 2:
+            raise UserError(f"--classes: expected at least two classes, found {', '.join(names) or 'none'}")
+        number = {self.classes.index(c): i for i, c in enumerate(classes)}
+        kept = [i for i, label in enumerate(self.labels.tolist()) if label in number]
+        if isinstance(self.images, np.ndarray):
+            images = self.images[kept]
+        else:
+            images = [self.images[i] for i in kept] if isinstance(self.images, list) else torch.utils.data.Subset(self.images, kept)
+        return Dataset(self.name, self.root, classes, [self.ids[i] for i in kept],
+                       np.array([number[self.labels[i]] for i in kept], dtype=np.int64), images,
+                       [self.parts[i] for i in kept] if self.parts else None,
+                       [self.digests[i] for i in kept] if self.digests else None)
+
     def fingerprint(self):
         """One hash of every id, label and content: two machines with the same one have the same dataset."""
         whole = hashlib.blake2b(digest_size=16)
@@ -80,13 +118,18 @@ class Dataset:
 
 
 def digits(name, entry, root):
-    """The 1,797 scanned digits of 8 x 8 pixels that come with scikit-learn (Alpaydin and Kaynak 1998)."""
+    """The 1,797 scanned digits of 8 x 8 pixels that come with scikit-learn (Alpaydin and Kaynak 1998).
+
+    `entry["digits"]`, where there is one, makes them hard: the first `images` of them, with `contrast` times the contrast under normal
+    noise with standard deviation `noise`, both as shares of black to white.
+    """
     from sklearn.datasets import load_digits
 
-    scans = load_digits()
-    grey = np.rint(scans.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
-    ids = [f"{i:04d}" for i in range(len(grey))]
-    return Dataset(name, root, [str(c) for c in range(10)], ids, scans.target.astype(np.int64),
+    scans, hard = load_digits(), entry.get("digits", {"images": None, "contrast": 1, "noise": 0})
+    grey, labels = scans.images[: hard["images"]] / 16, scans.target[: hard["images"]].astype(np.int64)
+    grey = 0.5 + hard["contrast"] * (grey - 0.5) + hard["noise"] * _generator("noise").standard_normal(grey.shape)
+    grey = np.rint(255 * grey.clip(0, 1)).astype(np.uint8)
+    return Dataset(name, root, [str(c) for c in range(10)], [f"{i:04d}" for i in range(len(grey))], labels,
                    np.repeat(grey[..., None], 3, axis=3))
 
 
@@ -245,16 +288,19 @@ def missing(name, entry, what):
     return f"dataset {name}: {what}.{source} name its folder with --data-dir DIR."
 
 
-def load_dataset(name, entry, root):
+def load_dataset(name, entry, root, classes=None):
     """List the dataset `name` and hash its content.
 
-    entry: its part of `configs.json`. root: the folder it lies in.
+    entry: its part of `configs.json`. root: the folder it lies in. classes: the only ones to keep, with commas between, and quotes
+    around a name with a comma; None keeps all.
     Raises UserError when it is not there or not laid out as `entry["layout"]` says.
     """
     root = Path(root or ".")
     if entry["layout"] != "digits" and not root.is_dir():
         raise UserError(missing(name, entry, f"no folder {root.resolve()}"))
     dataset = LAYOUTS[entry["layout"]](name, entry, root)
+    if classes is not None:
+        dataset = dataset.only(next(csv.reader([classes], skipinitialspace=True), []))
     dataset.digests = _digests(dataset)
     return dataset
 
@@ -283,7 +329,7 @@ def _digests(dataset):
 # --- the split -----------------------------------------------------------------------------------------------------
 
 
-def make_split(dataset, rule, seed, train_fraction=1.0):
+def make_split(dataset, rule, seed, train_fraction=1.0, known=None):
     """Which images train, validate and test: made once from the seed and the ids, then stored with the run.
 
     rule: {"rule": "stratified" | "blocks", "val": share, "test": share, "blocks": blocks per class}.
@@ -292,6 +338,8 @@ def make_split(dataset, rule, seed, train_fraction=1.0):
       go to one part: consecutive video frames are near-copies that a random split would put on both sides.
     Where the dataset brings its own parts they are kept: test is its test part, or, without one, its val part, and
     a validation part it lacks is drawn from its training part.
+    known: {id: part} of the run that this one starts from: these images keep their part, and further images of a class that
+    it had are trained on, so that nothing it was trained on comes to be tested on.
     Returns {"train": [ids], "val": [ids], "test": [ids]}; no content is in two parts.
     """
     everything = np.arange(len(dataset))
@@ -305,6 +353,8 @@ def make_split(dataset, rule, seed, train_fraction=1.0):
             parts["val"] = everything[own == "val"]
         else:
             parts |= _draw(dataset, parts["train"], rule, seed, {"val": rule["val"]})
+    if known:
+        parts = _keep_known(dataset, parts, known)
     # A copy of a held-out image must not be trained on, whatever the rule or the dataset's authors did.
     seen = set()
     for part in ("test", "val", "train"):
@@ -349,6 +399,33 @@ def _draw(dataset, indices, rule, seed, shares):
     return dealt
 
 
+def _keep_known(dataset, parts, known):
+    kept = {part: list(members) for part, members in parts.items()}
+    for label, members in _by_class(dataset, range(len(dataset))):
+        if any(dataset.ids[i] in known for i in members):
+            for part in PARTS:
+                kept[part] = [i for i in kept[part] if dataset.labels[i] != label]
+                kept[part] += [i for i in members if known.get(dataset.ids[i], "train") == part]
+    return kept
+
+
+def redraw(dataset, split, seed, number):
+    """A new split of the training and validation images, of the same sizes class by class; the test images stay.
+
+    This is what the published implementation does at each proxy round. It puts images that were trained on into the validation
+    part, so that validation accuracy no longer says how good the network is. `number` counts these draws; whichever draw of the
+    same images `split` holds, the answer is the same.
+    """
+    index = {image_id: i for i, image_id in enumerate(dataset.ids)}
+    validation, parts = {index[i] for i in split["val"]}, {"train": [], "val": []}
+    for label, members in _by_class(dataset, sorted({index[i] for i in split["train"]} | validation)):
+        order = members[_generator("resplit", seed, number, dataset.classes[label]).permutation(len(members))]
+        count = sum(i in validation for i in members.tolist())
+        parts["val"] += order[:count].tolist()
+        parts["train"] += order[count:].tolist()
+    return {**split, **{part: [dataset.ids[i] for i in sorted(members)] for part, members in parts.items()}}
+
+
 def _fraction(dataset, indices, fraction, seed):
     """A stratified `fraction` of `indices`, at least one per class; smaller fractions are parts of larger ones."""
     kept = []
@@ -381,9 +458,19 @@ def reuse_split(dataset, split, train_fraction, seed, origin):
     return {"train": [dataset.ids[i] for i in train], "val": split["val"], "test": split["test"]}
 
 
+def shuffled(ids, *key):
+    """The ids in an order that follows from `key` alone."""
+    return [ids[i] for i in _generator("shuffle", *key).permutation(len(ids))]
+
+
 def _generator(*key):
     """Random numbers that follow from `key` alone, whatever was drawn before."""
     return np.random.default_rng(stable_seed(*key))
+
+
+def chance(device, *key):
+    """A torch generator on `device` whose numbers follow from `key` alone."""
+    return torch.Generator(device).manual_seed(stable_seed(*key))
 
 
 def stable_seed(*key):
@@ -440,7 +527,7 @@ class Decoded(torch.utils.data.Dataset):
         try:
             pixels = to_rgb(self.dataset.open(index), self.size)
         except UNREADABLE as error:
-            raise UserError(f"{self.dataset.root / self.dataset.ids[index]}: cannot be read as an image "
+            raise UserError(f"{self.dataset.where(index)}: cannot be read as an image "
                             f"({error}). Mend or remove it.") from None
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1), int(self.dataset.labels[index])
 
@@ -482,7 +569,7 @@ class Batches:
             self.order = Order(len(ids), batch_size, seed)
         decoded = Decoded(dataset, self.indices, size)
         self.resident = None
-        if isinstance(dataset.images, np.ndarray) and len(ids) * size * size * 3 <= RESIDENT_BYTES:
+        if dataset.in_memory and len(ids) * size * size * 3 <= RESIDENT_BYTES:
             self.resident = torch.stack([decoded[i][0] for i in range(len(ids))]).to(device)
             self.labels = self.labels.to(device)
         else:
@@ -492,6 +579,10 @@ class Batches:
 
     def __len__(self):
         return len(self.order)
+
+    def seen(self):
+        """Positions in `ids` of the images of this epoch, in their order."""
+        return [position for batch in self.order for position in batch]
 
     def __iter__(self):
         if self.resident is not None:
@@ -506,24 +597,134 @@ class Batches:
                 raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
 
-def prepare(pixels, mean, std, augment=None, seed=None):
-    """Normalised images from pixels, on the device, a whole batch at once; with `augment`, each moved its own way.
+def prepare(pixels, mean, std):
+    """Normalised images from pixels, on the device, a whole batch at once.
 
     pixels: uint8 [B, 3, H, W]. mean, std: float [1, 3, 1, 1] on the same device, for values in [0, 1].
-    augment: {"flip": bool, "rotate": degrees, "shift": share of the side}, or None to leave the images as they are.
-    seed: key that the draws follow from, as (seed, epoch, step).
     Returns float32 [B, 3, H, W], channels last.
     """
-    images = pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
-    if augment:
-        draws = torch.rand(len(images), 4, generator=torch.Generator().manual_seed(stable_seed("augment", *seed)))
-        angle, across, down, mirror = draws.to(images.device, non_blocking=True).T
-        angle = (2 * angle - 1) * math.radians(augment["rotate"])
-        across, down = (2 * (2 * shift - 1) * augment["shift"] for shift in (across, down))  # the grid spans -1 to 1
-        mirror = torch.where(mirror < 0.5, -1.0, 1.0) if augment["flip"] else torch.ones_like(mirror)
-        cos, sin = angle.cos(), angle.sin()
-        moves = torch.stack([cos * mirror, -sin, across, sin * mirror, cos, down], dim=1).view(-1, 2, 3)
-        grid = F.affine_grid(moves, images.shape, align_corners=False)
-        # "border" repeats the edge: a black rim would look like something that was erased
-        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return _normalise(unchanged(pixels, None, ()), mean, std)
+
+
+def pixels_of(images, mean, std):
+    """Pixels, uint8 [B, 3, H, W], of normalised images: what `prepare` was given."""
+    return (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _normalise(images, mean, std):
     return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+# Augmentations: (pixels uint8 [B, 3, H, W], the dataset's `augment` entry, key) -> float32 [B, 3, H, W] in [0, 1].
+
+
+def unchanged(pixels, entry, key):
+    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def light(pixels, entry, key):
+    """Each image flipped, turned and shifted its own way, as far as its dataset allows.
+
+    entry: {"flip": bool, "rotate": degrees, "shift": share of the side}.
+    """
+    images = unchanged(pixels, entry, key)
+    draws = torch.rand(len(images), 4, generator=chance("cpu", "augment", *key))
+    angle, across, down, mirror = draws.to(images.device, non_blocking=True).T
+    angle = (2 * angle - 1) * math.radians(entry["rotate"])
+    across, down = (2 * (2 * shift - 1) * entry["shift"] for shift in (across, down))  # the grid spans -1 to 1
+    mirror = torch.where(mirror < 0.5, -1.0, 1.0) if entry["flip"] else torch.ones_like(mirror)
+    cos, sin = angle.cos(), angle.sin()
+    moves = torch.stack([cos * mirror, -sin, across, sin * mirror, cos, down], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(moves, images.shape, align_corners=False)
+    # "border" repeats the edge: a black rim would look like something that was erased
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def randaugment(pixels, entry, key):
+    """RandAugment, Cubuk et al. 2020, with torchvision's defaults: two operations of magnitude 9."""
+    return unchanged(_one_by_one(pixels, v2.RandAugment(fill=GREY), "augment", key), entry, key)
+
+
+def trivialaugment(pixels, entry, key):
+    """TrivialAugment, Mueller and Hutter 2021, as torchvision's TrivialAugmentWide: one operation of any magnitude."""
+    return unchanged(_one_by_one(pixels, v2.TrivialAugmentWide(fill=GREY), "augment", key), entry, key)
+
+
+AUGMENTATIONS = {"none": unchanged, "light": light, "randaugment": randaugment, "trivialaugment": trivialaugment}
+GREY = 128  # what comes in from outside the image; black would look like something that was erased
+HIDE_GRID = 4  # Hide-and-Seek's cells along a side: 56 pixels of 224, the largest of its paper
+
+
+def _one_by_one(images, transform, *key):
+    """A torchvision transform on each image. A loop, for given a batch it would do the same to all of its images."""
+    with _seeded(*key):
+        return torch.stack([transform(image) for image in images])
+
+
+@contextlib.contextmanager
+def _seeded(*key):
+    """torch's own CPU generator, which torchvision draws from, follows from `key` meanwhile."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stable_seed(*key))
+        yield
+
+
+def augment(pixels, mean, std, config, key):
+    """Normalised images from pixels, each changed its own way by what a run's settings name.
+
+    pixels, mean, std: as in `prepare`. config: augment, a key of AUGMENTATIONS; random_erasing, the probability that a rectangle of
+    an image becomes noise (Zhong et al. 2020, torchvision's RandomErasing); hide_and_seek, the probability that a cell of the
+    image is hidden behind the mean colour (Kumar Singh and Lee 2017). key: what the draws follow from, as (seed, epoch, step).
+    Returns float32 [B, 3, H, W], channels last.
+    """
+    images = _normalise(AUGMENTATIONS[config["augment"]](pixels, config["dataset_entry"]["augment"], key), mean, std)
+    if config["random_erasing"]:
+        images = _one_by_one(images, v2.RandomErasing(config["random_erasing"], value="random"), "random erasing", *key)
+    if config["hide_and_seek"]:
+        cells = torch.rand(len(images), 1, HIDE_GRID, HIDE_GRID, generator=chance(images.device, "hide", *key),
+                           device=images.device)
+        images = images * F.interpolate((cells >= config["hide_and_seek"]).float(), images.shape[2:])
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def mix(images, labels, classes, config, key):
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) by torchvision, where the settings `mixup` or `cutmix` ask for it.
+
+    Both: one of them per batch, at random. images: [B, 3, H, W]. labels: int64 [B]. classes: their number C.
+    Returns images and labels, these as shares float32 [B, C], or both as they came where neither is asked for.
+    """
+    ways = [way(alpha=config[name], num_classes=classes) for name, way in (("mixup", v2.MixUp), ("cutmix", v2.CutMix))
+            if config[name]]
+    if not ways:
+        return images, labels
+    with _seeded("mix", *key):
+        return v2.RandomChoice(ways)(images, labels)
+
+
+# --- erased images on the disk -------------------------------------------------------------------------------------
+
+
+class _Joined:
+    """Images of a Dataset, then those in files: item i is (PIL image, None), as a torchvision dataset gives them."""
+
+    def __init__(self, dataset, files):
+        self.dataset, self.files, self.in_memory = dataset, files, dataset.in_memory
+
+    def __getitem__(self, index):
+        own = len(self.dataset)
+        return (self.dataset.open(index) if index < own else Image.open(self.files[index - own])), None
+
+
+def with_erased(dataset, ids, sources, files, budget):
+    """The dataset with erased copies added, and what to train on.
+
+    ids: of the training images. sources: of the images that were erased; files: where their copies lie.
+    budget "equal": copies in place of their originals; "extra": copies behind the originals.
+    Returns a Dataset, the training ids, and the set of those that are copies.
+    """
+    number = {image_id: i for i, image_id in enumerate(dataset.ids)}
+    copies = {source: f"erased copy of {source}" for source in sources}
+    joined = Dataset(dataset.name, dataset.root, dataset.classes, [*dataset.ids, *copies.values()],
+                     np.concatenate([dataset.labels, dataset.labels[[number[s] for s in sources]]]), _Joined(dataset, files))
+    ids = [copies.get(i, i) for i in ids] if budget == "equal" else [*ids, *copies.values()]
+    return joined, ids, set(copies.values())

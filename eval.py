@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ import proxy
 import run
 from data import UserError
 
+LEAK = "validation images have been trained on; validation accuracy says nothing about new images"
 ECE_BINS = 15  # as Guo et al. 2017
 SHEET_IMAGES = 8
 HEAT_COLOURS = colormaps["viridis"]  # perceptually uniform and safe for colour-blind readers
@@ -139,21 +141,29 @@ def metrics(labels, logits, classes):
     }
 
 
-def costs(log, prediction_seconds):
-    """What the run took, from its log: sums over epochs, peaks as peaks. None where the machine cannot tell."""
+def costs(log, prediction_seconds, stages=()):
+    """What the run took, from its log: sums over epochs, peaks as peaks. None where the machine cannot tell.
+
+    second_pass_images: images that went through the network once more, only to be looked at: with --same-step each batch that is
+    erased, and in a staged run the training images of each stage 2, whose seconds count as the heat's and as training.
+    """
+    looking = [line for line in stages if line["stage"] == 2]
+    looking_seconds = sum(line["seconds"] for line in looking)
+
     def total(key):
         return sum(line[key] for line in log)
 
     def peak(key):
         return max((line[key] for line in log if line[key] is not None), default=None)
 
-    seconds = total("train_seconds")
+    seconds = total("train_seconds") + looking_seconds
     return {
         "train_seconds": round(seconds, 3),
-        "cam_seconds": round(total("cam_seconds"), 3),
+        "cam_seconds": round(total("cam_seconds") + looking_seconds, 3),
         "eval_seconds": round(total("eval_seconds") + prediction_seconds, 3),
         "images_seen": total("images_seen"),
         "erased_images": total("erased_images"),
+        "second_pass_images": total("second_pass_images") + sum(line["images"] for line in looking),
         "optimizer_steps": total("optimizer_steps"),
         "images_per_second": round(total("images_seen") / seconds, 2) if seconds else None,
         "peak_gpu_allocated_mb": peak("peak_gpu_allocated_mb"),
@@ -171,12 +181,15 @@ def best_epoch(log):
 def judge(folder):
     """Write and return `metrics.json` of a run that has its predictions."""
     opened, found = run.open_run(folder), read_predictions(folder)
+    stages = run.read_lines(opened.folder / "stages.jsonl")
     if not opened.log:
         raise UserError(f"{folder}: log.jsonl is missing or empty, so the costs are not known")
     classes = opened.split["classes"]
     result = {part: metrics(found[f"{part}_labels"], found[f"{part}_logits"], classes) for part in ("val", "test")}
-    result |= {"cost": costs(opened.log, float(found["seconds"])), "epochs": len(opened.log),
-               "best_epoch": best_epoch(opened.log)}
+    result |= {"cost": costs(opened.log, float(found["seconds"]), stages), "epochs": len(opened.log),
+               "best_epoch": best_epoch(opened.log), "protocol": opened.config["protocol"]}
+    if stages:
+        result["ended"] = stages[-1].get("ended")
     run.write_json(opened.folder / "metrics.json", result)
     return result
 
@@ -193,6 +206,10 @@ def describe(folder, result):
     lines.append("")
     for name, value in result["cost"].items():
         lines.append(f"{name:22}{'not measured here' if value is None else f'{value:,}':>20}")
+    if result["cost"]["second_pass_images"]:
+        lines[-1:] += ["", "second_pass_images went through the network once more, only for the heat that says what to erase"]
+    if result["protocol"] == "resplit":
+        lines += ["", f"WARNING, --protocol resplit: {LEAK}"]
     return "\n".join(lines)
 
 
@@ -200,7 +217,9 @@ def describe(folder, result):
 
 
 def save_figure(figure, path):
-    run.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for letters that the font lacks
+        run.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def _plain(axes):
@@ -289,15 +308,13 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
     pixels, _ = next(iter(batches))
     images = data.prepare(pixels, mean, std)
     method = "gradcam" if config["cam"] == "none" else config["cam"]
+    every, classes = torch.arange(len(order), device=device), torch.from_numpy(labels[order]).to(device)
     with cam.CAM(model, method, config["layer"], config["smooth"]) as explain:
-        scores = model(images)
-        classes, against = cam.EXPLAIN[config["explain"]](scores, torch.from_numpy(labels[order]).to(device))
-        heat = cam.upsample(explain(scores, classes=classes, against=against), images.shape[-2:])
-    mask = proxy.pixel_mask(heat, config["area"], config["threshold"])
-    erased = proxy.erase(images, mask, config["fill"], -mean / std)
+        copies, heat, _ = proxy.erased_copies(config, explain, images, classes, model(images), every >= 0, every, every >= 0,
+                                              (mean, std), ("sheet",))
 
     def shown(batch):
-        return (batch * std + mean).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        return data.pixels_of(batch, mean, std).permute(0, 2, 3, 1).cpu().numpy() / 255
 
     columns = min(4, len(order))
     rows = math.ceil(len(order) / columns)
@@ -310,7 +327,7 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
     for place, index in enumerate(order):
         row, column = 3 * (place // columns), place % columns
         image = shown(images)[place]
-        for offset, picture in enumerate((image, overlay(image, heat[place].cpu().numpy()), shown(erased)[place])):
+        for offset, picture in enumerate((image, overlay(image, heat[place].cpu().numpy()), shown(copies.images)[place])):
             grid[row + offset, column].imshow(picture, interpolation="nearest")
         right = predicted[index] == labels[index]
         names = [dataset.classes[labels[index]], dataset.classes[predicted[index]]]
@@ -318,6 +335,64 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
                                     f"predicted {names[1]} ({confidence[index]:.2f})", fontsize=9)
         _plain(grid[row, column])
     save_figure(figure, folder / "sheet.png")
+
+
+SPACE_IMAGES, SPACE_AREAS = 6, (0.05, 0.15, 0.4)
+
+
+def draw_space(config, model, dataset, split, device):
+    """One sheet, OUT/NAME-show.png: the same misled training images under every fill, every control and three areas.
+
+    The heat is that of the network as it stands, so of an untrained one where neither --init nor pretrained weights are used. Under
+    control `label` other images stand in the row, as it is the images that this control draws. Returns the path.
+    """
+    config = config | {"cam": "gradcam" if config["cam"] == "none" else config["cam"]}
+    mean, std = (t.to(device) for t in run.normalisation(config, model))
+    ids = data.shuffled(split["train"], "show", config["seed"])
+    for pixels, labels in batches_in_order(config, dataset, ids, device):
+        images, fresh, key = data.prepare(pixels, mean, std), torch.ones_like(labels, dtype=torch.bool), ("show", config["seed"])
+        with cam.CAM(model.eval(), config["cam"], config["layer"], config["smooth"]) as explain:
+            logits = model(images)
+            seats = min(SPACE_IMAGES, len(labels))
+            rows, chosen = proxy.select("misled", logits, labels, fresh, seats, key)
+            if not chosen.all():
+                continue  # this batch holds too few
+
+            def copies(change):
+                changed, where = config | {"control": None, **change}, rows
+                if changed["control"] == "label":
+                    where, _ = proxy.select("misled", logits, labels, fresh, seats, key, control="label")
+                return proxy.erased_copies(changed, explain, images, labels, logits, fresh, where, chosen, (mean, std), key)
+
+            lines = [("as they are", images[rows], None), ("heat", images[rows], copies({})[1].cpu().numpy())]
+            changes = [(f"--fill {fill}", {"fill": fill}) for fill in proxy.FILLS]
+            changes += [(f"--control {control}", {"control": control}) for control in proxy.CONTROLS]
+            changes += [(f"--area {area}", {"area": area, "threshold": None}) for area in SPACE_AREAS]
+            changes += [("--soften 0.05", {"soften": 0.05})]
+            lines += [(name, copies(change)[0].images, None) for name, change in changes]
+        break
+    else:
+        raise UserError(f"--show: no batch of training images has {SPACE_IMAGES} that this network gets wrong; try a larger "
+                        "--batch-size, or a network that is not trained yet")
+    names = [f"true {dataset.classes[label]}\npredicted {dataset.classes[said]}"
+             for label, said in zip(labels[rows].tolist(), logits[rows].argmax(1).tolist())]
+    figure = Figure((1.5 * (len(rows) + 1), 1.5 * len(lines) + 0.6), layout="constrained")
+    grid = figure.subplots(len(lines), len(rows) + 1, squeeze=False)
+    for line, (name, batch, heats) in zip(grid, lines):
+        pictures = data.pixels_of(batch, mean, std).permute(0, 2, 3, 1).cpu().numpy() / 255
+        line[0].text(0.95, 0.5, name, ha="right", va="center", fontsize=9)
+        for place, axes in enumerate(line[1:]):
+            picture = pictures[place] if heats is None else overlay(pictures[place], heats[place])
+            axes.imshow(picture, interpolation="nearest")
+        for axes in line:
+            axes.axis("off")
+    for axes, name in zip(grid[0, 1:], names):
+        axes.set_title(name, fontsize=7)
+        _plain(axes)
+    path = Path(config["out"]) / f"{config['name'] or config['dataset']}-show.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+    return path
 
 
 def draw(opened, predictions):

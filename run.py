@@ -8,14 +8,20 @@ Every file is written under a temporary name, synced and renamed, so that a cras
 never half of one. Opening a run executes nothing that lies in it.
 """
 
+import collections
+import concurrent.futures
 import contextlib
+import csv
 import difflib
+import gc
+import hashlib
 import io
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -24,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import cam
 import data
@@ -72,9 +79,12 @@ TINY = 1e-9  # the lower end of ranges that exclude zero
 SETTINGS = {
     "dataset": Setting(str, "what to train on: a dataset of configs.json, or `folder` with --data-dir"),
     "data_dir": Setting(str, "the dataset's folder, if not the one configs.json names", optional=True),
+    "classes": Setting(str, "the only classes to use, with commas between (null: all)", optional=True),
     "model": Setting(str, "network: a short name of configs.json or any timm name"),
     "pretrained": Setting(bool, "start from timm's pretrained weights where it has them"),
     "weights": Setting(str, "start from a local .safetensors or .pth file instead", optional=True),
+    "init": Setting(str, "start from the network of the finished run in this folder, keeping its split; classes are told by name",
+                    optional=True),
     "image_size": Setting(int, "side of the square images in pixels (null: the dataset's)", 8, 4096, optional=True),
     "train_fraction": Setting(float, "share of the training part to train on, stratified", TINY, 1),
     "split_from": Setting(str, "folder of a run whose split to use again", optional=True),
@@ -84,7 +94,12 @@ SETTINGS = {
     "lr": Setting(float, "peak learning rate of the one-cycle schedule", TINY, 100),
     "weight_decay": Setting(float, "AdamW's, on matrices and kernels only", 0, 10),
     "clip": Setting(float, "largest norm of the gradient", TINY, 1e9),
-    "augment": Setting(bool, "light augmentation: the dataset's flip, rotation and shift"),
+    "augment": Setting(str, "what is done to training images; light: the dataset's flip, rotation and shift",
+                       choices=tuple(data.AUGMENTATIONS)),
+    "random_erasing": Setting(float, "probability that a random rectangle of a training image becomes noise", 0, 1),
+    "hide_and_seek": Setting(float, "probability that a cell of a training image is hidden; its paper has 0.5", 0, 1),
+    "mixup": Setting(float, "alpha of mixup; 0 is off", 0, 100),
+    "cutmix": Setting(float, "alpha of cutmix; 0 is off", 0, 100),
     "cam": Setting(str, "what gives the heat; none trains without Proxy Attention", choices=("none", *cam.METHODS)),
     "layer": Setting(str, "the layer to explain, or several with commas between (null: the deepest with at least a 4x4 "
                      "grid)", optional=True),
@@ -92,13 +107,29 @@ SETTINGS = {
                        "over the best other", choices=tuple(cam.EXPLAIN)),
     "smooth": Setting(bool, "eigen-smoothing: the first principal component of the weighted activations"),
     "warmup": Setting(int, "epochs before the first image is erased", 0, 100_000),
-    "select": Setting(str, "which images are erased", choices=tuple(proxy.SELECTIONS)),
+    "schedule": Setting(str, "epochs in which images are erased: every:K, after:E, plateau, or epochs and proxy rounds as 20,p,19 "
+                        "(null: all)", optional=True),
+    "same_step": Setting(bool, "erase and train on what is selected at once, through a second forward pass, not in the next step"),
+    "select": Setting(str, "which images are erased: those the network gets wrong, or first those with the lowest confidence or "
+                      "the highest loss", choices=tuple(proxy.SELECTIONS)),
+    "subset": Setting(float, "share of the selected images that is erased", TINY, 1),
     "area": Setting(float, "erase this share of an image's pixels, the hottest", TINY, 1, optional=True),
     "threshold": Setting(float, "erase the pixels at least this hot, instead of an area", 0, 1, optional=True),
+    "soften": Setting(float, "blur the edges of what is erased, as a share of the image's side; 0 leaves them sharp", 0, 0.25),
     "fill": Setting(str, "what goes where an image is erased", choices=tuple(proxy.FILLS)),
+    "weight": Setting(float, "of --fill blend: pixels are multiplied by 1 - weight * heat", 0, 1),
+    "control": Setting(str, "what is erased instead, for comparison: the same shape at a random place, the least active pixels, or "
+                       "the right pixels of images drawn at random", choices=tuple(proxy.CONTROLS), optional=True),
     "budget": Setting(str, "erased images take seats in the batch (equal) or ride behind it (extra)",
                       choices=("equal", "extra")),
     "share": Setting(float, "at most this share of a batch is erased images", TINY, 1),
+    "mode": Setting(str, "erase within the training step (online), or between trainings and on disk (staged)",
+                    choices=("online", "staged")),
+    "rounds": Setting(int, "of --mode staged: at most so many times it erases and trains again", 0, 1000),
+    "target_accuracy": Setting(float, "of --mode staged: validation accuracy that ends it (null: none)", TINY, 1, optional=True),
+    "format": Setting(str, "of --mode staged: erased images are kept as", choices=("jpg", "png")),
+    "protocol": Setting(str, "fixed: one split for the run; resplit: a new one at each p of --schedule, as the published "
+                        "implementation, which leaks validation images into training", choices=("fixed", "resplit")),
     "device": Setting(str, "auto, cpu, cuda, cuda:1, mps"),
     "workers": Setting(int, "processes that decode images (null: one per core, 8 at most)", 0, 256, optional=True),
     "amp": Setting(str, "mixed precision; auto: bfloat16 or float16 as the GPU can, off on a CPU",
@@ -108,7 +139,7 @@ SETTINGS = {
 }
 DATASET_KEYS = {"source": str, "path": (str, type(None)), "layout": str, "image_size": int,
                 "normalisation": (str, dict), "split": dict, "augment": dict}
-DATASET_EXTRAS = {"csv": dict, "torchvision": dict, "settings": dict}
+DATASET_EXTRAS = {"csv": dict, "torchvision": dict, "digits": dict, "settings": dict}
 MODEL_KEYS, MODEL_EXTRAS = {"timm": str}, {"arguments": dict, "settings": dict}
 
 
@@ -211,6 +242,10 @@ def _check_dataset(entry, where):
     elif normalisation != "network":
         raise UserError(f"{where}.normalisation: {normalisation!r}; expected \"network\" (what the network's "
                         "pretrained weights were trained with) or an object of mean and std")
+    if "digits" in entry:
+        _check_keys(entry["digits"], {"images": int, "contrast": (float, int), "noise": (float, int)}, {}, f"{where}.digits")
+        for key, low, high in (("images", 30, 1797), ("contrast", 0, 1), ("noise", 0, 10)):
+            Setting(float, "", low, high).check(entry["digits"][key], f"{where}.digits.{key}")
     if entry["layout"] == "csv":
         _check_keys(entry, {"csv": dict}, {**DATASET_KEYS, **DATASET_EXTRAS}, where)
         _check_keys(entry["csv"], {"file": str, "path": str, "label": str}, {"split": str}, f"{where}.csv")
@@ -251,10 +286,63 @@ def resolve(configs, options):
     config["data_dir"] = config["data_dir"] or (str(HERE / dataset["path"]) if dataset["path"] else None)
     if config["dataset"] == "folder" and config["data_dir"] is None:
         raise UserError("dataset folder: name the folder of class folders with --data-dir DIR")
+    _settings_that_agree(config, options)
     if config["name"] is not None and (not config["name"].strip(". ") or set(config["name"]) & set('/\\\0\n')):
         raise UserError(f"--name {config['name']!r}: expected a plain folder name; --out says where it goes")
     entry = {key: value for key, value in dataset.items() if key != "settings"}
     return config | {"dataset_entry": entry, "model_entry": {k: v for k, v in model.items() if k != "settings"}}
+
+
+STAGED_ONLY = ("rounds", "target_accuracy", "format")
+ONLINE_ONLY = ("same_step", "warmup", "share")
+
+
+def _settings_that_agree(config, options):
+    """Raise UserError for settings that exclude each other; make the epochs those of a listed schedule."""
+    def option(key):
+        return f"--{key.replace('_', '-')}"
+
+    staged = config["mode"] == "staged"
+    for key in options:
+        if key in (ONLINE_ONLY if staged else STAGED_ONLY) and options[key] not in (None, False):
+            raise UserError(f"{option(key)} goes with --mode {'online' if staged else 'staged'}: leave it out, or change --mode")
+    if config["weights"] and config["init"]:
+        raise UserError("--weights and --init contradict each other: give one of them")
+    try:
+        kind, argument = proxy.read_schedule(config["schedule"])
+    except ValueError as error:
+        raise UserError(f"--schedule {error}") from None
+    if kind == "listed":
+        if options.get("epochs", len(argument)) != len(argument):
+            raise UserError(f"--schedule {config['schedule']}: adds up to {len(argument)} epochs, each p counting as one, but --epochs "
+                            f"is {config['epochs']}; leave --epochs out, or make them agree")
+        SETTINGS["epochs"].check(len(argument), f"--schedule {config['schedule']}: the sum of epochs")
+        config["epochs"] = len(argument)
+    elif kind in ("every", "after") and config["schedule"] and argument >= config["epochs"] + (kind == "every"):
+        raise UserError(f"--schedule {config['schedule']}: erases nothing within {config['epochs']} epochs")
+    if staged:
+        if config["cam"] == "none":
+            raise UserError("--mode staged erases between trainings: choose a --cam other than none")
+        if config["schedule"] is not None and kind != "listed":
+            raise UserError(f"--schedule {config['schedule']}: --mode staged takes epochs and rounds, as 20,p,19")
+        if kind == "listed":
+            if options.get("rounds", sum(argument)) != sum(argument):
+                raise UserError(f"--schedule {config['schedule']}: has {sum(argument)} rounds, but --rounds is {config['rounds']}; leave "
+                                "--rounds out, or make them agree")
+            if not argument or argument[0]:
+                raise UserError(f"--schedule {config['schedule']}: --mode staged begins with epochs of plain training, as 20,p,19")
+            config["rounds"] = sum(argument)
+    elif config["protocol"] == "resplit" and not (kind == "listed" and any(argument)):
+        raise UserError("--protocol resplit draws a new split at each p: name them, as with --schedule 20,p,19")
+
+
+def stage_epochs(config):
+    """Epochs of stage 1 and of stage 3 of each round, for --mode staged. Each p of a schedule is the first epoch of its round."""
+    kind, argument = proxy.read_schedule(config["schedule"])
+    if kind != "listed":
+        return [config["epochs"]] * (1 + config["rounds"])
+    starts = [epoch for epoch, p in enumerate(argument) if p]
+    return [end - start for start, end in zip([0, *starts], [*starts, len(argument)])]
 
 
 def _area_or_threshold(config, layer):
@@ -313,6 +401,48 @@ def build_network(config, classes, pretrained=None):
     if weights:
         text = load_weights(model, weights)
     return model, text
+
+
+def first_network(config, classes):
+    """The network that a run starts with, on the CPU, and what to say of its start: as `build_network`, or another run's.
+
+    classes: names. The initial weights follow from the seed.
+    """
+    torch.manual_seed(config["seed"])
+    if config["init"] is None:
+        return build_network(config, len(classes))
+    model, _ = build_network(config, len(classes), pretrained=False)
+    return model, _continue_from(model, config, classes)
+
+
+def _continue_from(model, config, classes):
+    """Load the last weights of the run config["init"]; of the head, the rows of the classes that both have, told by name."""
+    opened = open_run(config["init"])
+    if not (opened.folder / "metrics.json").is_file():
+        raise UserError(f"--init {opened.folder}: not finished; first run python train.py --resume {opened.folder}")
+    if opened.config["model_entry"] != config["model_entry"]:
+        raise UserError(f"--init {opened.folder}: its network is --model {opened.config['model']}, not {config['model']}")
+    found, own, old = load_checkpoint(opened.folder / "last.pt")["model"], model.state_dict(), opened.split["classes"]
+    with torch.device("meta"):  # what another number of classes changes is the head
+        larger = build_network(config, len(classes) + 1, pretrained=False)[0].state_dict()
+    both = [c for c in classes if c in old]
+    here, there = ([names.index(c) for c in both] for names in (classes, old))
+    for name, tensor in own.items():
+        axis = next((i for i, (a, b) in enumerate(zip(tensor.shape, larger[name].shape)) if a != b), None)
+        source = found.get(name)
+        expected = list(tensor.shape)
+        if axis is not None:
+            expected[axis] = len(old)
+        if source is None or list(source.shape) != expected:
+            raise UserError(f"--init {opened.folder}: {name} is {'missing' if source is None else list(source.shape)} there, expected "
+                            f"{expected}; use the same --image-size ({opened.config['image_size']})")
+        if axis is None:
+            tensor.copy_(source)
+        elif both:
+            tensor.index_copy_(axis, torch.tensor(here), source.index_select(axis, torch.tensor(there)))
+    new = [c for c in classes if c not in old]
+    return (f"starts from {opened.folder}; its head keeps {len(both)} of {len(classes)} classes"
+            + (f", new are {', '.join(new[:10])}{' …' * (len(new) > 10)}" if new else ""))
 
 
 def _reach_hub(known, name):
@@ -459,25 +589,45 @@ def pick_amp(name, device):
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path, write):
-    """Call `write` with an open binary file that becomes `path` only when it is whole and on the disk."""
+def write_atomically(path, write, sync_folder=True):
+    """Call `write` with an open binary file that becomes `path` only when it is whole and on the disk.
+
+    sync_folder: whether its name is to be on the disk too; who writes many files to a folder syncs that once.
+    Raises UserError where the system cannot write.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{threading.get_ident()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # torch's writer turns the system's error into a RuntimeError of its own
+        if isinstance(error, OSError) or isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+            raise cannot_write(path, error) from None
         raise
-    folder = os.open(path.parent, os.O_RDONLY) if os.name == "posix" else None
-    if folder is not None:
+    if sync_folder:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder):
+    """Make sure that names just written to a folder are on the disk, where the system can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
+
+
+def cannot_write(path, error):
+    """The message for a full disk, or a folder that is gone or closed to us."""
+    return UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}). Everything written "
+                     "before is intact: mend that, then go on with python train.py --resume and the run's folder")
 
 
 def write_json(path, value):
@@ -508,17 +658,24 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def append_log(folder, line):
-    """Add one epoch's line to `log.jsonl`, on the disk before this returns."""
-    with open(Path(folder) / "log.jsonl", "ab") as file:
-        file.write((json.dumps(line) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+def append_line(path, line):
+    """Add one line to a JSON lines file, on the disk before this returns."""
+    try:
+        with open(path, "ab") as file:
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def read_log(folder):
-    """The epochs' lines, first to last; a last line that a crash cut off is left out."""
-    path = Path(folder) / "log.jsonl"
+    """The epochs' lines, first to last."""
+    return read_lines(Path(folder) / "log.jsonl")
+
+
+def read_lines(path):
+    """What `append_line` wrote, first to last; a last line that a crash cut off is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -530,8 +687,159 @@ def read_log(folder):
 
 def cut_log(folder, epochs):
     """Keep the first `epochs` lines: what was logged after the checkpoint that a run resumes from happens again."""
-    kept = "".join(json.dumps(line) + "\n" for line in read_log(folder)[:epochs])
-    write_atomically(Path(folder) / "log.jsonl", lambda file: file.write(kept.encode()))
+    cut_lines(Path(folder) / "log.jsonl", epochs)
+
+
+def cut_lines(path, count):
+    """Keep the first `count` whole lines of a JSON lines file."""
+    kept = "".join(json.dumps(line) + "\n" for line in read_lines(path)[:count])
+    write_atomically(path, lambda file: file.write(kept.encode()))
+
+
+def sweep(folder):
+    """Remove what a killed process left half-written."""
+    for path in Path(folder).rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+# --- erased images on the disk -------------------------------------------------------------------------------------
+
+WRITERS = 4  # threads; encoding and the disk both leave Python's lock alone
+IN_FLIGHT = 1024  # images that may wait to be written, 150 MB at 224 pixels; a disk that is slower still holds the device up
+PICTURES = {"jpg": {"format": "JPEG", "quality": 95, "subsampling": 0}, "png": {"format": "PNG", "compress_level": 1}}
+INDEX = ("file", "source", "label", "predicted", "confidence", "area")
+PLAIN = set("-_+=,() ")  # in file names, besides letters and digits of any script, and dots within
+
+
+def safe_name(text):
+    """Any text as one file name, another for every text: %XX for what is not letter, digit or harmless; a hash for what is long."""
+    name = ""
+    for i, c in enumerate(text):
+        plain = c.isalnum() or c in PLAIN and 0 < i < len(text) - 1 or c in "-_" or c == "." and 0 < i < len(text) - 1
+        name += c if plain else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape"))
+    if len(name.encode()) > 200:  # file systems take 255 bytes
+        short = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        name = f"{name.encode()[:160].decode(errors='ignore')}~{short}"
+    return name
+
+
+class ErasedRound:
+    """A round's erased images: `erased/round-R/CLASS/ID.jpg`, written by a pool of threads, `index.csv`, and how far it has come.
+
+    Images come first, then their lines in the index, then `progress.json`, each on the disk before the next: whatever happens, all
+    that progress tells of is there, and `looked_at` images need not be looked at again.
+
+        with erased:
+            erased.add(pictures, rows, looked_at)     # comes back at once, unless IN_FLIGHT images wait
+    """
+
+    def __init__(self, folder, number, kind):
+        self.run_folder, self.kind = Path(folder), kind
+        self.folder = self.run_folder / "erased" / f"round-{number}"
+        self.index, self.progress = self.folder / "index.csv", self.folder / "progress.json"
+        state = read_json(self.progress) if self.progress.exists() else {"looked_at": 0, "erased": 0}
+        self.looked_at, self.count = state["looked_at"], state["erased"]
+
+    def rows(self):
+        """The index's lines, as dicts with the keys of INDEX. file: relative to the run's folder. area: share of the pixels."""
+        if not self.index.exists():
+            return []
+        with open(self.index, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return list(csv.DictReader(file))[: self.count]
+
+    def begin(self, order=None):
+        """Start the index anew, or cut off what was written after the last progress.
+
+        order: ids in the order in which they will be looked at, where that took work to find; kept in `order.json`.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from None
+        rows = self.rows()
+        write_atomically(self.index, lambda file: file.write(self._lines([dict(zip(INDEX, INDEX)), *rows])))
+        if order is not None:
+            write_json(self.folder / "order.json", order)
+        self._save()
+
+    def order(self):
+        """What `begin` was given, or None."""
+        path = self.folder / "order.json"
+        return read_json(path) if path.exists() else None
+
+    def __enter__(self):
+        self._pool = concurrent.futures.ThreadPoolExecutor(WRITERS, "write")
+        self._waiting, self._in_flight = collections.deque(), 0
+        return self
+
+    def add(self, pictures, rows, looked_at):
+        """Write erased images. pictures: uint8 [n, H, W, 3]. rows: n dicts with the keys of INDEX but for file. looked_at: in all."""
+        jobs = []
+        for picture, row in zip(pictures, rows):
+            path = self.folder / safe_name(row["label"]) / f"{safe_name(row['source'])}.{self.kind}"
+            row["file"] = path.relative_to(self.run_folder).as_posix()
+            jobs.append(self._pool.submit(self._write, path, picture))
+        self._waiting.append((jobs, rows, looked_at))
+        self._in_flight += len(jobs)
+        while self._waiting and (self._in_flight > IN_FLIGHT or all(job.done() for job in self._waiting[0][0])):
+            self._settle()
+
+    def _write(self, path, picture):
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        write_atomically(path, lambda file: Image.fromarray(picture).save(file, **PICTURES[self.kind]), sync_folder=False)
+
+    def _settle(self):
+        """Wait for the oldest batch, then record it."""
+        jobs, rows, looked_at = self._waiting.popleft()
+        for job in jobs:
+            job.result()
+        self._in_flight -= len(jobs)
+        for folder in {(self.run_folder / row["file"]).parent for row in rows}:
+            _sync_folder(folder)
+        try:
+            with open(self.index, "ab") as file:
+                file.write(self._lines(rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.index, error) from None
+        self.count, self.looked_at = self.count + len(rows), looked_at
+        self._save()
+
+    def _lines(self, rows):
+        text = io.StringIO()
+        csv.DictWriter(text, INDEX).writerows(rows)
+        return text.getvalue().encode("utf-8", "surrogateescape")
+
+    def _save(self):
+        write_json(self.progress, {"looked_at": self.looked_at, "erased": self.count})
+
+    def __exit__(self, kind, *rest):
+        try:
+            while kind is None and self._waiting:
+                self._settle()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def held_mb(device):
+    """Memory in use in MB (2^20 bytes): allocated on the GPU, or else resident in this process; None where neither can be told."""
+    if device.type == "cuda":
+        return round(torch.cuda.memory_allocated(device) / 2**20, 1)
+    try:
+        return round(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    except (OSError, ValueError):
+        return None
+
+
+def release(device):
+    """Give back what nothing refers to any more, from caches too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def describe_environment(dataset, device):
@@ -589,7 +897,8 @@ class Run:
 
     def dataset(self):
         """The dataset that the run was made with; UserError where it is gone or its content has changed."""
-        dataset = data.load_dataset(self.config["dataset"], self.config["dataset_entry"], self.config["data_dir"])
+        dataset = data.load_dataset(self.config["dataset"], self.config["dataset_entry"], self.config["data_dir"],
+                                    self.config["classes"])
         if dataset.fingerprint() != self.split["fingerprint"]:
             raise UserError(f"dataset {dataset.name} in {dataset.root} is not the one that {self.folder} was made with: "
                             "images, names or classes differ")
