@@ -3,6 +3,8 @@
     python bench.py cam                                   # heat: ours within a step and alone, and the libraries'
     python bench.py cam --models resnet18 vit_small --rounds 15 --batch-size 16
     python bench.py compile --models resnet18             # what the graph break of a hook costs a compiled step
+    python bench.py staged --models resnet18              # finding, explaining, erasing and saving, beside a plain evaluation pass
+    python bench.py leak                                  # what a new split at each proxy round adds to validation accuracy
 
 Times wander with the machine; the ratios of one run are what to read. Needs `tests/requirements.txt` for the grad-cam library;
 torch-cam joins where it is installed (`pip install torchcam`).
@@ -11,17 +13,25 @@ torch-cam joins where it is installed (`pip install torchcam`).
 import argparse
 import contextlib
 import gc
+import io
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import cam
+import eval as evaluation
 import run
+import train
 from data import UserError
 
 CAM_MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
@@ -180,6 +190,79 @@ def bench_compile(options):
               + "".join(f"{times[n] / times['compiled']:16.3f}" for n in ("hook", "heat")), flush=True)
 
 
+def bench_staged(options):
+    """Stage 2 of --mode staged over JPEG files, all of them erased, beside a plain evaluation pass over the same files."""
+    device = run.pick_device(options.device)
+    print(f"{describe_machine(device)}\n{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, all "
+          f"erased and saved; random weights, medians of {options.rounds} rounds, seconds\n\n"
+          f"{'network':16}{'evaluation':>12}{'stage 2':>12}{'ratio':>12}")
+    for short in options.models:
+        with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+            draw_photographs(Path(place, "images"), options.images, options.image_size)
+            config, folder, dataset, split, model, _ = train.start({
+                "dataset": "folder", "data_dir": f"{place}/images", "model": short, "pretrained": False, "mode": "staged",
+                "select": "all", "image_size": options.image_size, "batch_size": options.batch_size, "out": place,
+                "device": options.device}, False, False)
+            split["train"] = dataset.ids
+            run.save_checkpoint(folder / "last.pt", {"model": model.state_dict()})
+
+            def evaluate():
+                network = run.open_run(folder).network().to(device, memory_format=torch.channels_last)
+                mean, std = (t.to(device) for t in run.normalisation(config, network))
+                evaluation.predict(network, evaluation.batches_in_order(config, dataset, dataset.ids, device), mean, std, device,
+                                   run.pick_amp(config["amp"], device))
+
+            def stage_2():
+                shutil.rmtree(folder / "erased", ignore_errors=True)
+                start = now(device)
+                train.erase_stage(config, folder, dataset, split, device, 1)
+                return now(device) - start
+
+            times = medians({"evaluation": evaluate, "stage 2": stage_2}, options.rounds, device)
+        print(f"{short:16}" + "".join(f"{time / 1000:12.2f}" for time in times.values())
+              + f"{times['stage 2'] / times['evaluation']:12.3f}", flush=True)
+
+
+def draw_photographs(folder, count, size):
+    """Crops of scikit-learn's two sample photographs, as JPEG files in two class folders."""
+    from sklearn.datasets import load_sample_images
+
+    random, photographs = np.random.default_rng(0), load_sample_images().images
+    for number in range(count):
+        photograph = photographs[number % 2]
+        down, across = (random.integers(0, side - size + 1) for side in photograph.shape[:2])
+        path = folder / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph[down:down + size, across:across + size]).save(path, quality=90)
+
+
+LEAK_SCHEDULES = ["20,p,19", "5,p,9,p,9,p,9,p,4"]  # as published
+
+
+def bench_leak(options):
+    """Validation and test accuracy with a fixed split and with a new one at each p; nothing is erased in any of these runs."""
+    print(f"{describe_machine(run.pick_device(options.device))}\n--dataset noisy_digits --cam none, {options.seeds} seeds: mean and "
+          f"standard deviation\n\n{'schedule':20}{'protocol':12}{'validation':>18}{'test':>18}")
+    for schedule in LEAK_SCHEDULES:
+        means = {}
+        for protocol in ("fixed", "resplit"):
+            found = []
+            for seed in range(options.seeds):
+                with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+                    status = train.main(["--dataset", "noisy_digits", "--cam", "none", "--schedule", schedule, "--protocol", protocol,
+                                         "--seed", str(seed), "--out", place, "--name", "run", "--device", options.device])
+                    if status:
+                        raise UserError(f"a run ended with status {status}")
+                    metrics = run.read_json(Path(place, "run", "metrics.json"))
+                found.append([metrics[part]["accuracy"] for part in ("val", "test")])
+            means[protocol] = np.mean(found, axis=0)
+            spread = np.std(found, axis=0, ddof=1) if len(found) > 1 else [float("nan")] * 2
+            print(f"{schedule:20}{protocol:12}" + "".join(f"{m:9.3f} +- {s:5.3f}" for m, s in zip(means[protocol], spread)), flush=True)
+        gain = means["resplit"] - means["fixed"]
+        print(f"{schedule:20}{'difference':12}" + "".join(f"{g:+9.3f}{'':9}" for g in gain), flush=True)
+    print("\nBoth protocols train the same steps on as many images. What resplit adds on validation and not on test is the leak.")
+
+
 def network_and_images(short, options, device):
     """A network with random weights for ten classes, and a batch for it, both channels last on the device."""
     config = run.resolve(run.read_configs(), {"dataset": "folder", "data_dir": ".", "model": short, "pretrained": False,
@@ -246,20 +329,25 @@ def cam_libraries():
     return found
 
 
+BENCHES = {"cam": bench_cam, "compile": bench_compile, "staged": bench_staged, "leak": bench_leak}
+
+
 def main(arguments=None):
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cam", "compile"], help="what to measure")
+    parser.add_argument("what", choices=list(BENCHES), help="what to measure")
     parser.add_argument("--models", nargs="+", default=CAM_MODELS, help=f"networks (default: {' '.join(CAM_MODELS)})")
     parser.add_argument("--methods", nargs="+", default=["gradcam", "gradcam++"], choices=tuple(cam.METHODS),
                         help="CAM methods (default: gradcam gradcam++)")
     parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
     parser.add_argument("--image-size", type=int, default=224, help="side in pixels (default: 224)")
+    parser.add_argument("--images", type=int, default=1200, help="of staged: files (default: 1200)")
+    parser.add_argument("--seeds", type=int, default=5, help="of leak: seeds (default: 5)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     options = parser.parse_args(arguments)
     try:
-        {"cam": bench_cam, "compile": bench_compile}[options.what](options)
+        BENCHES[options.what](options)
     except UserError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

@@ -608,7 +608,7 @@ def prepare(pixels, mean, std):
 
 def pixels_of(images, mean, std):
     """Pixels, uint8 [B, 3, H, W], of normalised images: what `prepare` was given."""
-    return (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return torch.addcmul(255 * mean + 0.5, images, 255 * std).clamp_(0, 255).to(torch.uint8)
 
 
 def _normalise(images, mean, std):
@@ -642,12 +642,12 @@ def light(pixels, entry, key):
 
 def randaugment(pixels, entry, key):
     """RandAugment, Cubuk et al. 2020, with torchvision's defaults: two operations of magnitude 9."""
-    return unchanged(_one_by_one(pixels, v2.RandAugment(fill=GREY), "augment", key), entry, key)
+    return unchanged(_one_by_one(pixels, v2.RandAugment(fill=GREY), "augment", *key), entry, key)
 
 
 def trivialaugment(pixels, entry, key):
     """TrivialAugment, Mueller and Hutter 2021, as torchvision's TrivialAugmentWide: one operation of any magnitude."""
-    return unchanged(_one_by_one(pixels, v2.TrivialAugmentWide(fill=GREY), "augment", key), entry, key)
+    return unchanged(_one_by_one(pixels, v2.TrivialAugmentWide(fill=GREY), "augment", *key), entry, key)
 
 
 AUGMENTATIONS = {"none": unchanged, "light": light, "randaugment": randaugment, "trivialaugment": trivialaugment}

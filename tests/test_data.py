@@ -303,19 +303,179 @@ def test_batches_from_files_and_from_memory_are_alike(tmp_path):
         assert torch.equal(a, c) and torch.equal(b, d)
 
 
-def test_augmentation_follows_from_its_key_and_differs_by_image():
-    pixels = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
-    pixels[1:] = pixels[0]
-    mean, std = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)
-    augment = {"flip": False, "rotate": 10, "shift": 0.1}
-    one, again, other = (data.prepare(pixels, mean, std, augment, key) for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
-    assert torch.equal(one, again) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
-    still = data.prepare(pixels, mean, std, {"flip": False, "rotate": 0, "shift": 0}, (0, 0, 0))
+# --- augmentation
+
+MEAN, STD = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)
+
+
+def augmented(pixels, key=(0, 1, 2), entry=None, **settings):
+    config = {"augment": "none", "random_erasing": 0, "hide_and_seek": 0, "mixup": 0, "cutmix": 0, **settings}
+    config["dataset_entry"] = {"augment": entry or {"flip": False, "rotate": 10, "shift": 0.1}}
+    return data.augment(pixels, MEAN, STD, config, key)
+
+
+def alike(count=16, size=16):
+    pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return pixels.repeat(count, 1, 1, 1)
+
+
+@pytest.mark.parametrize("settings", [{"augment": "light"}, {"augment": "randaugment"}, {"augment": "trivialaugment"},
+                                      {"random_erasing": 0.9}, {"hide_and_seek": 0.5}])
+def test_augmentation_follows_from_its_key_and_differs_by_image(settings):
+    one, again, other = (augmented(alike(), key, **settings) for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert len({tuple(image.flatten().tolist()) for image in one}) > 8
+    assert one.is_contiguous(memory_format=torch.channels_last) and one.dtype == torch.float32
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    augmented(alike(), **settings)
+    assert torch.equal(torch.rand(1), expected)  # dropout's draws are left alone
+
+
+def test_without_augmentation_images_are_only_normalised():
+    assert torch.equal(augmented(alike()), data.prepare(alike(), MEAN, STD))
+    torch.testing.assert_close(data.prepare(alike(), MEAN, STD), (alike() / 255 - 0.5) / 0.25)
+    assert torch.equal(data.pixels_of(data.prepare(alike(), MEAN, STD), MEAN, STD), alike())
+
+
+def test_light_augmentation_moves_no_further_than_the_dataset_allows():
+    pixels = alike()
+    still = augmented(pixels, augment="light", entry={"flip": False, "rotate": 0, "shift": 0})
     torch.testing.assert_close(still, (pixels / 255 - 0.5) / 0.25, atol=1e-4, rtol=0)
-    flipped = data.prepare(pixels, mean, std, {"flip": True, "rotate": 0, "shift": 0}, (0, 0, 0))
+    flipped = augmented(pixels, augment="light", entry={"flip": True, "rotate": 0, "shift": 0})
     turned = [not torch.allclose(f, s, atol=1e-3) for f, s in zip(flipped, still)]
     assert any(turned) and all(torch.allclose(f, s.flip(-1) if t else s, atol=1e-4)
                                for f, s, t in zip(flipped, still, turned))
+
+
+@pytest.mark.parametrize("name, policy", [("randaugment", "RandAugment"), ("trivialaugment", "TrivialAugmentWide")])
+def test_the_policies_are_torchvisions_on_each_image_alone(name, policy):
+    from torchvision.transforms import v2
+
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    with torch.random.fork_rng():
+        torch.manual_seed(data.stable_seed("augment", 0, 1, 2))
+        transform = getattr(v2, policy)(fill=128)
+        expected = data.prepare(torch.stack([transform(image) for image in pixels]), MEAN, STD)
+    assert torch.equal(augmented(pixels, augment=name), expected)
+
+
+def test_random_erasing_puts_noise_into_a_rectangle_of_that_share_of_images():
+    pixels = torch.full((400, 3, 32, 32), 128, dtype=torch.uint8)
+    changed = (augmented(pixels, random_erasing=0.3) != data.prepare(pixels, MEAN, STD)).any(1)
+    share = changed.any(2).any(1).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.07)
+    for mask in changed[changed.any(2).any(1)]:
+        rows, columns = mask.any(1).sum(), mask.any(0).sum()
+        assert mask.sum() == rows * columns
+
+
+def test_hide_and_seek_hides_cells_of_a_grid_behind_the_mean():
+    images = augmented(torch.full((400, 3, 32, 32), 200, dtype=torch.uint8), hide_and_seek=0.4)
+    cells = images.unfold(2, 8, 8).unfold(3, 8, 8)  # 4 x 4 cells of 8 x 8 pixels
+    assert torch.equal(cells.amin((4, 5)), cells.amax((4, 5)))  # a cell is hidden or shown as a whole
+    assert (cells == 0).float().mean().item() == pytest.approx(0.4, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixed_labels_say_how_much_of_each_image_there_is(name):
+    labels = torch.arange(16) % 5
+    pure = labels.float().view(-1, 1, 1, 1).expand(16, 3, 32, 32).contiguous()  # an image shows its class
+    config = {"mixup": 0, "cutmix": 0, name: 1.0}
+    images, shares = data.mix(pure, labels, 5, config, (0, 1, 2))
+    assert shares.shape == (16, 5) and shares.sum(1).allclose(torch.ones(16)) and (shares > 0).sum() > 16
+    assert torch.allclose(images.mean((1, 2, 3)), shares @ torch.arange(5.0), atol=1e-3)
+    assert torch.equal(data.mix(pure, labels, 5, config, (0, 1, 2))[0], images)
+    assert not torch.equal(data.mix(pure, labels, 5, config, (0, 1, 3))[0], images)
+
+
+def test_mixup_and_cutmix_together_take_turns_and_neither_leaves_all_as_it_is():
+    labels, pure = torch.arange(8), torch.arange(8.0).view(-1, 1, 1, 1).expand(8, 3, 32, 32).contiguous()
+    kinds = set()
+    for step in range(30):
+        images, _ = data.mix(pure, labels, 8, {"mixup": 1.0, "cutmix": 1.0}, (0, 0, step))
+        kinds.add(bool((images.flatten(1).amax(1) - images.flatten(1).amin(1)).max() > 1e-6))
+    assert kinds == {True, False}  # cutmix leaves two values in an image, mixup one
+    images, same = data.mix(pure, labels, 8, {"mixup": 0, "cutmix": 0}, (0, 0, 0))
+    assert images is pure and same is labels
+
+
+# --- parts of datasets, new splits, erased copies
+
+
+def test_classes_keeps_only_those_in_the_datasets_order(asl):
+    found = data.load_dataset("asl", CONFIGS["datasets"]["asl"], asl, "C, A")
+    assert found.classes == ["A", "C"] and len(found) == 20 and set(found.labels[:10]) == {0} and set(found.labels[10:]) == {1}
+    assert all("/A/" in i for i in found.ids[:10]) and len(found.digests) == 20
+    with pytest.raises(UserError, match="no class 'c'. Did you mean 'C'|no class 'c'; it has A, B, C"):
+        data.load_dataset("asl", CONFIGS["datasets"]["asl"], asl, "A,c")
+    with pytest.raises(UserError, match="at least two classes"):
+        data.load_dataset("asl", CONFIGS["datasets"]["asl"], asl, "A")
+
+
+def test_classes_with_a_comma_are_named_in_quotes(tmp_path):
+    draw_classes(tmp_path, ["Pug, old", "Boxer", "Spitz"], 3)
+    found = data.load_dataset("folder", CONFIGS["datasets"]["folder"], tmp_path, '"Pug, old",Boxer')
+    assert found.classes == ["Boxer", "Pug, old"]
+
+
+def test_digits_that_are_parts_are_the_same_images():
+    whole, part = load("digits", None), data.load_dataset("digits", CONFIGS["datasets"]["digits"], None, "3,8")
+    assert all(np.array_equal(part.images[i], whole.images[int(part.ids[i])]) for i in range(len(part)))
+
+
+def test_noisy_digits_are_few_faint_and_always_the_same():
+    found, again = load("noisy_digits", None), load("noisy_digits", None)
+    assert len(found) == 400 and np.array_equal(found.images, again.images)
+    clean = load("digits", None).images[:400] / 255
+    noise = found.images / 255 - (0.5 + 0.25 * (clean - 0.5))
+    assert noise.std() == pytest.approx(0.25, abs=0.02) and abs(noise.mean()) < 0.01
+
+
+def test_a_new_split_deals_out_training_and_validation_anew_and_leaves_test_alone():
+    found = load("digits", None)
+    split = data.make_split(found, STRATIFIED, 0)
+    one, two = (data.redraw(found, split, 0, number) for number in (1, 2))
+    for new in (one, two):
+        assert new["test"] == split["test"] and set(new["train"]) | set(new["val"]) == set(split["train"]) | set(split["val"])
+        for part in ("train", "val"):
+            number = dict(zip(found.ids, found.labels.tolist()))
+            sizes = [sorted(number[i] for i in ids[part]) for ids in (new, split)]
+            assert sizes[0] == sizes[1]  # class by class
+    leaked = len(set(one["val"]) & set(split["train"])) / len(one["val"])
+    assert leaked > 0.8 and one["val"] != two["val"]
+    assert data.redraw(found, two, 0, 1) == one  # whichever draw it is asked from
+
+
+def test_what_an_earlier_run_was_trained_on_is_never_tested_on():
+    whole = load("digits", None)
+    part = data.load_dataset("digits", CONFIGS["datasets"]["digits"], None, "0,1,2")
+    first = data.make_split(part, STRATIFIED, 5, 0.3)
+    known = {image_id: name for name in data.PARTS for image_id in first[name]}
+    split = data.make_split(whole, STRATIFIED, 6, 1.0, known)
+    assert set(first["val"]) <= set(split["val"]) and set(first["test"]) <= set(split["test"])
+    assert not set(first["train"]) & (set(split["val"]) | set(split["test"]))
+    old = {i for i, label in zip(whole.ids, whole.labels) if label < 3}
+    assert set(split["val"]) & old == set(first["val"])  # what was left out of its training part is trained on
+    assert {i for i in split["test"]} - old and sum(map(len, split.values())) == len(whole)
+
+
+def test_erased_copies_replace_their_originals_or_come_on_top(tmp_path):
+    found = load("digits", None)
+    for i in (1, 2):
+        Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    train, files = found.ids[:4], [str(tmp_path / "1.png"), str(tmp_path / "2.png")]
+    for budget, expected in (("equal", [0, None, None, 3]), ("extra", [0, 1, 2, 3, None, None])):
+        joined, ids, copies = data.with_erased(found, train, found.ids[1:3], files, budget)
+        pixels, labels = next(iter(data.Batches(joined, ids, 8, 10, torch.device("cpu"))))
+        originals = next(iter(data.Batches(found, found.ids[:4], 8, 10, torch.device("cpu"))))
+        assert len(copies) == 2 and [i in copies for i in ids] == [e is None for e in expected]
+        grey = iter((10, 20))
+        for position, index in enumerate(expected):
+            assert pixels[position].eq(next(grey)).all() if index is None else torch.equal(pixels[position], originals[0][index])
+        of_copies = [int(label) for label, index in zip(labels, expected) if index is None]
+        assert of_copies == found.labels[1:3].tolist()
 
 
 def test_reading_a_dataset_leaves_it_byte_for_byte_as_it_was(asl):

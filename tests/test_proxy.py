@@ -1,31 +1,85 @@
-"""proxy.py: which images, which pixels, what instead, and in whose seats."""
+"""proxy.py: which images, which pixels, what instead, in whose seats, and when."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 
+import cam
+import data
 import proxy
+import run
 
 LABELS = torch.tensor([0, 1, 0, 1, 0])
-LOGITS = torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 1]), 2).float()  # rows 1, 2 and 4 are misled
+LOGITS = F.one_hot(torch.tensor([0, 0, 1, 1, 1]), 2).float()  # rows 1, 2 and 4 are misled
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
+KEY = (0, 1, 2)
+
+# --- which images
 
 
-def picked(seats, fresh=None, draw=None):
-    fresh = torch.ones(5, dtype=torch.bool) if fresh is None else fresh
-    rows, chosen = proxy.select("misled", LOGITS, LABELS, fresh, seats, torch.rand(5) if draw is None else draw)
-    assert rows.shape == chosen.shape == (seats,)
-    return sorted(rows[chosen].tolist())
+def picked(seats, selection="misled", fresh=None, key=KEY, logits=LOGITS, labels=LABELS, **options):
+    fresh = torch.ones(len(labels), dtype=torch.bool) if fresh is None else fresh
+    rows, chosen = proxy.select(selection, logits, labels, fresh, seats, key, **options)
+    assert rows.shape == chosen.shape == (seats,) and len(set(rows.tolist())) == seats
+    return rows[chosen].tolist()
 
 
 def test_images_that_the_network_gets_wrong_are_selected():
-    assert picked(seats=5) == [1, 2, 4]
+    assert sorted(picked(seats=5)) == [1, 2, 4]
 
 
 def test_an_erased_image_is_not_erased_again():
-    assert picked(seats=5, fresh=torch.tensor([True, False, True, True, True])) == [2, 4]
+    assert sorted(picked(seats=5, fresh=torch.tensor([True, False, True, True, True]))) == [2, 4]
 
 
-def test_where_too_many_are_misled_the_draw_decides():
-    assert picked(seats=2, draw=torch.tensor([0.9, 0.1, 0.5, 0.9, 0.4])) == [2, 4]
-    assert picked(seats=2, draw=torch.tensor([0.9, 0.6, 0.5, 0.9, 0.0])) == [1, 2]
+def test_where_too_many_are_misled_chance_decides_and_follows_from_the_key():
+    found = {tuple(sorted(picked(seats=2, key=(step,)))) for step in range(50)}
+    assert found == {(1, 2), (1, 4), (2, 4)}
+    assert picked(seats=2, key=(7,)) == picked(seats=2, key=(7,))
+
+
+GRADED = torch.tensor([[4.0, 0], [0, 3], [1, 0], [0, 2], [0.5, 0]])  # ever less sure: rows 0, 1, 3, 2, 4
+
+
+def test_unsure_takes_the_lowest_confidence_first_right_or_wrong():
+    assert picked(5, "unsure", logits=GRADED) == [4, 2, 3, 1, 0]
+    assert picked(2, "unsure", logits=GRADED) == [4, 2]
+
+
+def test_loss_takes_the_highest_loss_first():
+    labels = torch.tensor([1, 1, 0, 0, 0])  # row 0 is wrong by 4, row 3 by 2
+    expected = F.cross_entropy(GRADED, labels, reduction="none").argsort(descending=True).tolist()
+    assert picked(5, "loss", logits=GRADED, labels=labels) == expected and expected[:2] == [0, 3]
+
+
+def test_all_takes_every_fresh_image_in_random_order():
+    assert sorted(picked(5, "all")) == [0, 1, 2, 3, 4]
+    assert len({picked(1, "all", key=(k,))[0] for k in range(60)}) == 5
+
+
+def test_subset_takes_that_share_on_average_and_of_a_ranking_the_first():
+    assert picked(5, "loss", logits=GRADED, subset=0.4) == picked(5, "loss", logits=GRADED)[:2]
+    counts = [len(picked(5, "misled", key=(k,), subset=0.2)) for k in range(2000)]  # 0.6 of an image
+    assert set(counts) == {0, 1} and sum(counts) / 2000 == pytest.approx(0.6, abs=0.05)
+
+
+def test_control_label_erases_as_many_images_but_any():
+    for key in range(100):
+        for options in ({}, {"subset": 0.5}):
+            assert len(picked(5, key=(key,), control="label", **options)) == len(picked(5, key=(key,), **options))
+    assert {row for key in range(100) for row in picked(5, key=(key,), control="label")} == {0, 1, 2, 3, 4}
+    fresh = torch.tensor([True, False, True, True, True])
+    assert all(1 not in picked(5, key=(key,), control="label", fresh=fresh) for key in range(50))
+
+
+def test_under_mixed_labels_an_image_is_misled_where_neither_class_was_predicted():
+    labels = torch.tensor([[0.6, 0.4, 0], [0.6, 0.4, 0], [0.0, 0.5, 0.5]])
+    logits = F.one_hot(torch.tensor([1, 2, 0]), 3).float()
+    assert sorted(picked(3, logits=logits, labels=labels)) == [1, 2]
+    assert proxy.true_class(labels).tolist() == [0, 0, 1] and proxy.true_class(LABELS) is LABELS
+
+
+# --- which pixels
 
 
 def test_the_masks_area_is_the_one_asked_for_and_its_pixels_are_the_hottest():
@@ -42,25 +96,263 @@ def test_the_threshold_keeps_what_is_at_least_that_hot():
     assert proxy.pixel_mask(heat, threshold=0.7).tolist() == [[[False, False], [True, True]]]
 
 
-def test_where_the_heat_says_nothing_nothing_is_erased():
-    assert not proxy.pixel_mask(torch.zeros(2, 8, 8), area=0.3).any()
-    assert not proxy.pixel_mask(torch.zeros(2, 8, 8), threshold=0.0).any()
-    assert proxy.pixel_mask(torch.zeros(0, 8, 8), area=0.3).shape == (0, 8, 8)
+@pytest.mark.parametrize("control", [None, *proxy.CONTROLS])
+def test_where_the_heat_says_nothing_nothing_is_erased(control):
+    assert not proxy.pixel_mask(torch.zeros(2, 8, 8), 0.3, None, control, KEY).any()
+    assert not proxy.pixel_mask(torch.zeros(2, 8, 8), None, 0.0, control, KEY).any()
+    assert proxy.pixel_mask(torch.zeros(0, 8, 8), 0.3, None, control, KEY).shape == (0, 8, 8)
 
 
-def test_erase_paints_black_into_new_images_and_never_into_its_own():
-    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
-    images, mask = torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4) > 0.5
+def blobs(count=40, size=32):
+    """Heat as a CAM of a 4 x 4 grid gives it, with large parts at zero."""
+    return cam.upsample(torch.randn(count, 4, 4, generator=torch.Generator().manual_seed(0)).relu(), size)
+
+
+def outline(mask):
+    """A mask cut out along its bounding box."""
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    return mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].tolist()
+
+
+def test_control_random_keeps_the_shape_and_moves_it_anywhere():
+    heat = blobs()
+    moved = 0
+    for plain, control in zip(proxy.pixel_mask(heat, 0.05), proxy.pixel_mask(heat, 0.05, None, "random", KEY)):
+        assert control.sum() == plain.sum()
+        if max(len(outline(plain)), len(outline(plain)[0])) <= 24:  # it has room
+            assert outline(control) == outline(plain)
+            moved += not torch.equal(control, plain)
+    assert moved > 20
+    one = torch.zeros(3000, 9, 9, dtype=torch.bool)
+    one[:, 3:5, 6] = True
+    places = proxy.moved(one, None, data.chance("cpu", 1)).float().mean(0)
+    assert places[0].mul(72).allclose(torch.ones(9), atol=0.5)  # the 8 x 9 places are equally likely: at the rim one covers a pixel,
+    assert places[4].mul(72).allclose(torch.full((9,), 2.0), atol=0.7)  # inside two do
+
+
+def test_control_random_shifts_around_the_edge_what_has_no_room():
+    mask = torch.rand(20, 16, 16) < 0.3
+    control = proxy.moved(mask, None, data.chance("cpu", 2))
+    for plain, found in zip(mask, control):
+        assert any(torch.equal(plain.roll((down, across), (0, 1)), found) for down in range(16) for across in range(16))
+
+
+@pytest.mark.parametrize("area", [0.05, 0.1, 0.3, 0.5])
+def test_control_coolest_takes_the_least_active_pixels_and_none_of_the_plain_mask(area):
+    heat = blobs()
+    plain, control = proxy.pixel_mask(heat, area), proxy.pixel_mask(heat, area, None, "coolest", KEY)
+    assert torch.equal(control.sum((1, 2)), plain.sum((1, 2))) and not (plain & control).any()
+    for image, pixels in zip(heat, control):
+        assert image[pixels].max() <= image[~pixels].min() + 1e-5
+
+
+def test_control_coolest_takes_as_many_as_a_threshold_would():
+    heat = blobs()
+    plain, control = proxy.pixel_mask(heat, None, 0.6), proxy.pixel_mask(heat, None, 0.6, "coolest", KEY)
+    assert torch.equal(control.sum((1, 2)), plain.sum((1, 2))) and len(set(plain.sum((1, 2)).tolist())) > 5
+    assert not (plain & control).any()
+
+
+def test_coolest_pixels_lie_together_where_many_are_equally_cool():
+    def edges(mask):
+        return (mask[:, 1:] != mask[:, :-1]).sum() + (mask[:, :, 1:] != mask[:, :, :-1]).sum()
+
+    heat = blobs()
+    control = proxy.pixel_mask(heat, 0.1, None, "coolest", KEY)
+    assert edges(control) < 2 * edges(proxy.pixel_mask(heat, 0.1)) < edges(torch.rand(40, 32, 32) < 0.1)
+
+
+def test_soft_edges_fade_and_keep_the_area():
+    mask = torch.zeros(1, 40, 40, dtype=torch.bool)
+    mask[:, 15:25, 12:20] = True
+    soft = proxy.soften(mask, 0.05)
+    assert soft.mean().item() == pytest.approx(mask.float().mean().item(), rel=0.01)
+    assert soft.max() > 0.8 and 0.3 < soft[0, 20, 12] < 0.7 and soft[0, 0, 0] < 1e-4
+    assert torch.equal(proxy.soften(mask, 0), mask)
+
+
+def test_the_blur_is_torchvisions():
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    images = torch.rand(2, 3, 40, 40)
+    found = proxy.blurred(images, 2.0)[..., 10:30, 10:30]  # they differ in what they take to lie beyond the edge
+    assert torch.allclose(found, gaussian_blur(images, [21, 21], [2.0, 2.0])[..., 10:30, 10:30], atol=1e-4)
+
+
+# --- what instead
+
+
+def scene_of(images, count=None, **changes):
+    """A batch of images of alternating classes, the first `count` of them erased."""
+    count = len(images) if count is None else count
+    given = {"heat": torch.rand(count, *images.shape[2:], generator=data.chance("cpu", "heat")), "chosen": torch.ones(count, dtype=torch.bool),
+             "rows": torch.arange(count), "batch": images, "classes": torch.arange(len(images)) % 2,
+             "fresh": torch.ones(len(images), dtype=torch.bool), "black": -MEAN / STD, "white": (1 - MEAN) / STD, "weight": 0.7,
+             "generator": data.chance("cpu", "test")}
+    return proxy.Scene(**{**given, **changes})
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(0)
+    return (torch.rand(6, 3, 24, 24) - MEAN) / STD
+
+
+@pytest.fixture
+def mask():
+    return proxy.hottest(blobs(6, 24), 0.2)
+
+
+def filled(images, mask, fill, **changes):
+    return proxy.erase(images, mask, fill, scene_of(images, **changes))
+
+
+def none_filled(images, mask, fill, **changes):
+    """The shape that comes out where no image of the batch is to be filled."""
+    return proxy.erase(images[:0], mask[:0], fill, scene_of(images, 0, **changes)).shape
+
+
+def outside(images, mask):
+    return images.permute(0, 2, 3, 1)[~mask]
+
+
+def inside(images, mask):
+    return images.permute(0, 2, 3, 1)[mask]
+
+
+@pytest.mark.parametrize("fill", [f for f in proxy.FILLS if f != "transplant"])
+def test_a_fill_changes_the_masked_pixels_of_new_images_and_no_others(fill, images, mask):
     before = images.clone()
-    erased = proxy.erase(images, mask, "black", -mean / std)
+    erased = filled(images, mask, fill)
     assert torch.equal(images, before)
-    pixels = (erased * std + mean).permute(0, 2, 3, 1)
-    assert pixels[mask].abs().max() < 1e-6
-    assert torch.equal(erased.permute(0, 2, 3, 1)[~mask], images.permute(0, 2, 3, 1)[~mask])
+    assert torch.equal(outside(erased, mask), outside(images, mask))
+    assert (inside(erased, mask) != inside(images, mask)).any(1).float().mean() > 0.95
+    assert torch.equal(filled(images, torch.zeros_like(mask), fill), images)
+    assert none_filled(images, mask, fill) == (0, 3, 24, 24)
 
 
-def waiting(taken):
-    return proxy.Waiting(-torch.ones(3, 3, 2, 2), torch.tensor([7, 8, 9]), torch.tensor(taken))
+@pytest.mark.parametrize("fill, value", [("black", 0.0), ("white", 1.0)])
+def test_black_is_black_and_white_is_white(fill, value, images, mask):
+    pixels = filled(images, mask, fill) * STD + MEAN
+    assert inside(pixels, mask).sub(value).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("fill, statistic", [("mean", torch.mean), ("max", torch.amax), ("min", torch.amin)])
+def test_mean_max_and_min_are_the_images_own_channel_by_channel(fill, statistic, images, mask):
+    for image, erased, pixels in zip(images, filled(images, mask, fill), mask):
+        assert torch.allclose(erased[:, pixels], statistic(image, dim=(1, 2))[:, None].expand(3, int(pixels.sum())))
+
+
+def test_noise_has_the_datas_mean_and_spread_and_stays_between_black_and_white():
+    images, everywhere = torch.zeros(40, 3, 24, 24), torch.ones(40, 24, 24, dtype=torch.bool)
+    wide = {"black": torch.full((1, 3, 1, 1), -9.0), "white": torch.full((1, 3, 1, 1), 9.0)}
+    noise = filled(images, everywhere, "noise", **wide)
+    assert noise.mean().abs() < 0.02 and noise.std().sub(1).abs() < 0.02
+    assert torch.corrcoef(noise.flatten(2).mean(1))[0, 1:].abs().max() < 0.2  # new for every image
+    shown = filled(images, everywhere, "noise") * STD + MEAN
+    assert shown.min() >= -1e-6 and shown.max() <= 1 + 1e-6
+
+
+def test_blur_takes_the_shapes_and_leaves_the_colours():
+    stripes = torch.zeros(1, 3, 32, 32)
+    stripes[..., ::2] = 1.0
+    blurred = filled(stripes, torch.ones(1, 32, 32, dtype=torch.bool), "blur")
+    assert blurred.std() < 0.1 * stripes.std() and blurred.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_blend_multiplies_pixel_values_by_one_minus_weight_times_heat(images, mask):
+    heat = blobs(6, 24)
+    pixels = filled(images, mask, "blend", heat=heat, weight=0.7) * STD + MEAN
+    expected = (images * STD + MEAN) * (1 - 0.7 * heat[:, None])
+    assert torch.allclose(inside(pixels, mask), inside(expected, mask), atol=1e-5)
+    assert torch.equal(filled(images, mask, "blend", heat=heat, weight=0.0), images)
+
+
+def test_other_takes_the_same_place_of_a_fresh_image_of_another_class(images, mask):
+    fresh = torch.tensor([True, True, True, False, True, True])
+    seen = set()
+    for key in range(40):
+        erased = filled(images, mask, "other", fresh=fresh, generator=data.chance("cpu", key))
+        for i, pixels in enumerate(mask):
+            donors = [j for j in range(6) if torch.equal(erased[i][:, pixels], images[j][:, pixels])]
+            assert len(donors) == 1 and donors[0] % 2 != i % 2 and donors[0] != 3
+            seen.add((i, donors[0]))
+    assert len(seen) == 3 * 3 + 3 * 2  # every image that may give does
+    alone = filled(images, mask, "other", classes=torch.zeros(6, dtype=torch.long))
+    assert torch.equal(alone, filled(images, mask, "black"))
+
+
+def test_transplant_makes_noise_of_the_own_hot_pixels_and_pastes_anothers_at_their_place(images, mask):
+    chosen = torch.tensor([True, False, True, True, False, True])
+    seen = set()
+    for key in range(40):
+        change = {"chosen": chosen, "generator": data.chance("cpu", key)}
+        noise, erased = (filled(images, mask, fill, **change | {"generator": data.chance("cpu", key)})
+                         for fill in ("noise", "transplant"))
+        for i in chosen.nonzero()[:, 0].tolist():
+            donors = [j for j in range(6) if j != i and torch.equal(erased[i][:, mask[j]], images[j][:, mask[j]])]
+            assert len(donors) == 1 and chosen[donors[0]]
+            elsewhere = ~mask[donors[0]]
+            assert torch.equal(erased[i][:, elsewhere], noise[i][:, elsewhere])
+            seen.add((i, donors[0]))
+    assert len(seen) == 4 * 3
+    alone = torch.tensor([False, True] + [False] * 4)
+    lonely = {fill: filled(images, mask, fill, chosen=alone)[1] for fill in ("noise", "transplant")}
+    assert torch.equal(lonely["noise"], lonely["transplant"])
+    assert none_filled(images, mask, "transplant") == (0, 3, 24, 24)
+
+
+@pytest.mark.parametrize("fill", list(proxy.FILLS))
+def test_a_soft_mask_mixes_in_proportion(fill, images, mask):
+    hard = filled(images, mask, fill)
+    assert torch.allclose(filled(images, mask.float(), fill), hard, atol=1e-6)
+    half = filled(images, 0.5 * mask.float(), fill)
+    if fill != "transplant":  # there two masks lie on top of each other
+        assert torch.allclose(half, (images + hard) / 2, atol=1e-6)
+
+
+# --- a control differs from the run it controls in one thing
+
+
+def copies_of(control, fill="noise", select="misled", area=0.1, **more):
+    """What one step of digits erases, through the program's own path. Returns rows, chosen, copies, heat and mask."""
+    config = run.resolve(run.read_configs(), {"fill": fill, "select": select, "area": area, "control": control, **more})
+    torch.manual_seed(0)
+    model, _ = run.build_network(config, 10)
+    dataset = data.load_dataset("digits", config["dataset_entry"], None)
+    pixels, labels = next(iter(data.Batches(dataset, dataset.ids[:64], 32, 64, torch.device("cpu"))))
+    images, fresh = data.prepare(pixels, MEAN, STD), torch.ones(64, dtype=torch.bool)
+    with cam.CAM(model, config["cam"]) as explain:
+        logits = model(images)
+        rows, chosen = proxy.select(config["select"], logits, labels, fresh, 24, KEY, config["subset"], control)
+        return rows, chosen, *proxy.erased_copies(config, explain, images, labels, logits, fresh, rows, chosen, (MEAN, STD), KEY)
+
+
+@pytest.mark.parametrize("control", ["random", "coolest"])
+def test_controls_of_the_place_keep_images_count_area_heat_and_noise(control):
+    rows, chosen, copies, heat, mask = copies_of(None)
+    rows2, chosen2, copies2, heat2, mask2 = copies_of(control)
+    assert torch.equal(rows, rows2) and torch.equal(chosen, chosen2) and torch.equal(heat, heat2)
+    assert torch.equal(copies.labels, copies2.labels) and torch.equal(copies.taken, copies2.taken)
+    assert torch.equal(mask.sum((1, 2)), mask2.sum((1, 2))) and not torch.equal(mask, mask2)
+    both = mask & mask2
+    assert both.any() or control == "coolest"
+    assert torch.equal(inside(copies.images, both), inside(copies2.images, both))  # the noise of a pixel is the same
+
+
+def test_control_label_keeps_count_area_and_the_right_pixels_of_the_images_it_draws():
+    _, chosen, copies, _, mask = copies_of(None)
+    rows, chosen2, copies2, heat2, mask2 = copies_of("label")
+    assert chosen.sum() == chosen2.sum() and copies.taken.sum() == copies2.taken.sum()
+    assert torch.equal(mask2, proxy.pixel_mask(heat2, 0.1))
+    assert torch.equal(mask.sum((1, 2))[copies.taken], mask2.sum((1, 2))[copies2.taken])
+
+
+# --- in whose seats
+
+
+def waiting(taken, labels=(7, 8, 9)):
+    return proxy.Waiting(-torch.ones(3, 3, 2, 2), torch.tensor(labels), torch.tensor(taken))
 
 
 def test_budget_equal_gives_erased_images_seats_of_fresh_ones():
@@ -77,5 +369,47 @@ def test_budget_extra_lets_them_ride_behind():
     assert images[:, 0, 0, 0].tolist() == [1] * 5 + [-1] * 2
 
 
-def test_warm_up_epochs_erase_nothing():
-    assert [proxy.is_on(epoch, 2) for epoch in range(4)] == [False, False, True, True]
+def test_in_the_same_step_copies_take_the_place_of_their_originals_or_ride_behind():
+    rows, copies = torch.tensor([3, 0, 1]), waiting([True, False, True])
+    images, labels, fresh = proxy.join(torch.ones(5, 3, 2, 2), LABELS, rows, copies, "equal")
+    assert labels.tolist() == [0, 9, 0, 7, 0] and fresh.tolist() == [True, False, True, False, True]
+    assert images[:, 0, 0, 0].tolist() == [1, -1, 1, -1, 1]
+    images, labels, fresh = proxy.join(torch.ones(5, 3, 2, 2), LABELS, rows, copies, "extra")
+    assert labels.tolist() == [0, 1, 0, 1, 0, 7, 9] and fresh.tolist() == [True] * 5 + [False] * 2
+
+
+def test_mixed_labels_take_their_seats_too():
+    shares = torch.eye(2)[LABELS]
+    _, labels, _ = proxy.seat(torch.ones(5, 3, 2, 2), shares, waiting([True, False, True], [[0.3, 0.7]] * 3), "equal")
+    assert labels.tolist() == [[1, 0], [0, 1], [pytest.approx(0.3), pytest.approx(0.7)], [0, 1], [pytest.approx(0.3), pytest.approx(0.7)]]
+
+
+# --- when
+
+
+def on(schedule, epochs, accuracies=None, warmup=0):
+    accuracies = [0.0] * epochs if accuracies is None else accuracies
+    return "".join(".X"[proxy.is_on(schedule, epoch, accuracies[:epoch], warmup)] for epoch in range(epochs))
+
+
+def test_schedules_say_in_which_epochs_images_are_erased():
+    assert on(None, 4) == "XXXX"
+    assert on(None, 4, warmup=2) == "..XX"
+    assert on("every:3", 7) == "..X..X."
+    assert on("after:2", 4) == "..XX"
+    assert on("2,p,1,p", 5) == "..X.X"
+    assert on("20,p,19", 40) == "." * 20 + "X" + "." * 19
+    assert on("5,p,9,p,9,p,9,p,4", 40) == ".....X.........X.........X.........X...."
+
+
+def test_plateau_switches_on_when_validation_accuracy_stops_rising_and_stays_on():
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert on("plateau", 6, rising) == "......"
+    assert on("plateau", 8, [0.1, 0.5, 0.5, 0.4, 0.5, 0.9, 0.95, 0.96]) == ".....XXX"  # three epochs at most 0.5
+    assert on("plateau:2", 6, [0.1, 0.5, 0.5, 0.4, 0.5, 0.9]) == "....XX"
+
+
+@pytest.mark.parametrize("text", ["every:0", "every", "every:x", "after:-1", "plateau:0", "20,q,19", "20;p", "", "p:3", "1.5,p"])
+def test_a_schedule_that_says_nothing_is_refused(text):
+    with pytest.raises(ValueError, match="expected"):
+        proxy.read_schedule(text)

@@ -4,10 +4,14 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import data
@@ -88,6 +92,39 @@ def test_of_area_and_threshold_the_one_that_was_asked_for_counts():
     assert run.resolve(changed("defaults.area", None, changed("defaults.threshold", 0.5)), {"area": 0.2})["threshold"] is None
     with pytest.raises(UserError, match="--area and --threshold contradict each other"):
         run.resolve(CONFIGS, {"threshold": 0.6, "area": 0.2})
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"schedule": "20,p,19", "epochs": 30}, "adds up to 40 epochs, each p counting as one, but --epochs is 30"),
+    ({"schedule": "every:0"}, "--schedule 'every:0': expected a whole number"),
+    ({"schedule": "sometimes"}, "--schedule 'sometimes': expected every:K, after:E, plateau, or epochs and p"),
+    ({"schedule": "after:20"}, "--schedule after:20: erases nothing within 20 epochs"),
+    ({"schedule": "every:21"}, "--schedule every:21: erases nothing within 20 epochs"),
+    ({"rounds": 2}, "--rounds goes with --mode staged"),
+    ({"target_accuracy": 0.9}, "--target-accuracy goes with --mode staged"),
+    ({"mode": "staged", "same_step": True}, "--same-step goes with --mode online"),
+    ({"mode": "staged", "cam": "none"}, "choose a --cam other than none"),
+    ({"mode": "staged", "schedule": "every:2"}, "--mode staged takes epochs and rounds, as 20,p,19"),
+    ({"mode": "staged", "schedule": "p,3"}, "--mode staged begins with epochs of plain training"),
+    ({"mode": "staged", "schedule": "2,p,1", "rounds": 2}, "has 1 rounds, but --rounds is 2"),
+    ({"protocol": "resplit"}, "--protocol resplit draws a new split at each p"),
+    ({"protocol": "resplit", "schedule": "20"}, "--protocol resplit draws a new split at each p"),
+    ({"weights": "a.pth", "init": "runs/a"}, "--weights and --init contradict each other"),
+    ({"target_accuracy": 1.5, "mode": "staged"}, "--target-accuracy: 1.5 is out of range"),
+    ({"control": "hottest"}, "--control: unknown 'hottest'; expected one of random, coolest, label"),
+])
+def test_settings_that_exclude_each_other_are_refused(options, message):
+    with pytest.raises(UserError) as error:
+        run.resolve(CONFIGS, options)
+    assert message in str(error.value)
+
+
+def test_a_listed_schedule_says_how_many_epochs_there_are():
+    assert run.resolve(CONFIGS, {"schedule": "20,p,19"})["epochs"] == 40
+    assert run.resolve(CONFIGS, {"schedule": "2,p,1", "epochs": 4})["epochs"] == 4
+    assert run.stage_epochs(run.resolve(CONFIGS, {"mode": "staged", "rounds": 2})) == [20, 20, 20]
+    staged = run.resolve(CONFIGS, {"mode": "staged", "schedule": "5,p,9,p,9,p,9,p,4"})
+    assert run.stage_epochs(staged) == [5, 10, 10, 10, 5] and staged["rounds"] == 4
 
 
 def test_unknown_names_come_with_the_nearest_known():
@@ -174,8 +211,6 @@ def test_a_real_imagenet_network_knows_the_two_sample_photographs():
     assert "left out" not in text and "random" not in text
     mean, std = run.normalisation(config, model)
     assert mean.flatten().tolist() == [0.5] * 3
-    from PIL import Image
-
     pixels = torch.stack([torch.from_numpy(data.to_rgb(Image.fromarray(p), 224).copy()).permute(2, 0, 1)
                           for p in load_sample_images().images])
     with torch.no_grad():
@@ -224,8 +259,8 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
 
 
 def test_a_log_line_cut_off_by_a_crash_is_left_out(tmp_path):
-    run.append_log(tmp_path, {"epoch": 1})
-    run.append_log(tmp_path, {"epoch": 2})
+    run.append_line(tmp_path / "log.jsonl", {"epoch": 1})
+    run.append_line(tmp_path / "log.jsonl", {"epoch": 2})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "lo')
     assert [line["epoch"] for line in run.read_log(tmp_path)] == [1, 2]
@@ -239,3 +274,76 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="last.pt: not a whole checkpoint"):
         run.load_checkpoint(tmp_path / "last.pt")
+
+
+def resize_limit(limit):
+    """Run in a child process: files can grow to `limit` bytes, as on a disk that is nearly full."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX limits")
+@pytest.mark.parametrize("write", ["run.save_checkpoint('last.pt', {'w': torch.zeros(9000)})", "run.write_json('a.json', 'x' * 9000)",
+                                   "run.append_line('log.jsonl', 'x' * 9000)"])
+def test_a_full_disk_is_one_error_and_leaves_what_was_there(write, tmp_path):
+    for name in ("last.pt", "a.json"):
+        (tmp_path / name).write_text("old")
+    code = f"import torch, run\ntry:\n  {write}\nexcept run.UserError as error:\n  print(error)"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(run.HERE)}, preexec_fn=lambda: resize_limit(4096))
+    assert "cannot be written (" in answer.stdout and "go on with python train.py --resume" in answer.stdout, answer.stderr
+    assert answer.stdout.count("\n") == 1
+    assert (tmp_path / "last.pt").read_text() == (tmp_path / "a.json").read_text() == "old"
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+# --- erased images on the disk
+
+
+NAMES = ["A", "n02085620-Chihuahua", "a/b", "../../etc", "..", ".", ".hidden", "a b", " a", "a.", "é ü", "狗", "<b>bold</b>", "a\nb",
+         "100%", "a%2Fb", "con:aux*?", "$x^2$", "[red]", "x" * 300, "x" * 301, "狗" * 200, "\udcff.jpg", "A/1.jpg", "A\\1", "\0"]
+
+
+def test_any_text_makes_a_file_name_of_its_own_that_stays_in_its_folder(tmp_path):
+    safe = [run.safe_name(name) for name in NAMES]
+    assert len(set(safe)) == len(NAMES) and safe[:2] == NAMES[:2] and "é ü" in safe and "狗" in safe
+    for name in safe:
+        (tmp_path / f"{name}.jpg").write_text(name)
+        assert (tmp_path / f"{name}.jpg").resolve().parent == tmp_path.resolve() and not name.startswith((".", " "))
+    assert len(os.listdir(tmp_path)) == len(NAMES)
+
+
+def erased_row(source, label="a"):
+    return {"source": source, "label": label, "predicted": "b", "confidence": "0.5", "area": "0.1"}
+
+
+def test_erased_images_are_written_indexed_and_taken_up_again(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (len(NAMES), 8, 8, 3), dtype=np.uint8)
+    kept = run.ErasedRound(tmp_path, 1, "png")
+    kept.begin(NAMES)
+    with kept:
+        kept.add(pictures, [erased_row(name, label) for name, label in zip(NAMES, reversed(NAMES))], 40)
+        kept.add([], [], 50)
+    again = run.ErasedRound(tmp_path, 1, "png")
+    rows = again.rows()
+    assert (again.looked_at, again.order()) == (50, NAMES) and [row["source"] for row in rows] == NAMES
+    for row, picture in zip(rows, pictures):
+        assert (tmp_path / row["file"]).resolve().is_relative_to(tmp_path / "erased" / "round-1")
+        assert np.array_equal(np.asarray(Image.open(tmp_path / row["file"])), picture)
+    with open(again.index, "a") as file:  # a crash after the index and before the progress
+        file.write("erased/round-1/x.png,x,a,b,0.1,")
+    again.begin()
+    assert again.rows() == rows and again.index.read_text(errors="surrogateescape").count("x.png") == 0
+
+
+def test_an_image_that_cannot_be_written_ends_the_round_with_an_error(tmp_path):
+    kept = run.ErasedRound(tmp_path, 1, "jpg")
+    kept.begin()
+    (kept.folder / "a").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="cannot be written"):
+        with kept:
+            kept.add(np.zeros((1, 8, 8, 3), np.uint8), [erased_row("1")], 1)
+    assert run.ErasedRound(tmp_path, 1, "jpg").looked_at == 0
