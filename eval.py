@@ -524,6 +524,7 @@ def main(arguments=None):
     parser.add_argument("--model", help="with --image: a network instead of a run's")
     parser.add_argument("--weights", help="with --model: its weights (default: timm's pretrained ones)")
     parser.add_argument("--out", help="with --image: folder for the sheets (default: the run's, or the current one)")
+    parser.add_argument("--any-protocol", action="store_true", help="show runs with a fixed split beside runs without")
     options = parser.parse_args(arguments)
     try:
         if bool(options.runs) == bool(options.model) or (options.image and len(options.runs) > 1):
@@ -533,6 +534,9 @@ def main(arguments=None):
         if options.image:
             explain_images(options)
             return 0
+        if not options.any_protocol and len({run.open_run(folder).config["protocol"] for folder in options.runs}) > 1:
+            raise UserError("some of these runs were trained with --protocol resplit, which leaks validation images into training; "
+                            "leave them out, or mix them on purpose with --any-protocol")
         for folder in options.runs:
             opened, why_not = run.open_run(folder), None
             try:

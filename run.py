@@ -606,9 +606,9 @@ def write_atomically(path, write, sync_folder=True):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # torch's writer turns the system's error into a RuntimeError of its own
-        if isinstance(error, OSError) or isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
-            raise cannot_write(path, error) from None
+        for reason in (error, error.__context__):  # torch's writer raises an error of its own over the system's
+            if isinstance(reason, OSError):
+                raise cannot_write(path, reason) from None
         raise
     if sync_folder:
         _sync_folder(path.parent)
@@ -626,8 +626,8 @@ def _sync_folder(folder):
 
 def cannot_write(path, error):
     """The message for a full disk, or a folder that is gone or closed to us."""
-    return UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}). Everything written "
-                     "before is intact: mend that, then go on with python train.py --resume and the run's folder")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}). Everything written before is intact: mend that, then go "
+                     "on with python train.py --resume and the run's folder")
 
 
 def write_json(path, value):

@@ -239,6 +239,303 @@ def test_a_run_of_very_few_steps_still_learns(trained, batch_size, steps):
     assert (start.fc.weight - trained_weights["fc.weight"]).abs().max() > 1e-5
 
 
+# --- the whole space
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--select", "unsure", "--subset", "0.2"], ["--select", "loss"], ["--select", "all", "--fill", "transplant", "--soften", "0.05"],
+    ["--fill", "other", "--control", "random"], ["--fill", "blend", "--threshold", "0.3", "--weight", "0.5"],
+    ["--control", "coolest", "--fill", "noise"], ["--control", "label", "--fill", "blur"],
+    ["--augment", "none", "--random-erasing", "0.5"], ["--augment", "trivialaugment", "--hide-and-seek", "0.2"],
+    ["--augment", "randaugment", "--mixup", "0.2", "--cutmix", "1"], ["--mixup", "0.4", "--same-step", "--fill", "other"],
+    ["--cutmix", "1", "--budget", "extra", "--explain", "margin"]])
+def test_each_part_of_the_space_trains_with_proxy_attention(trained, arguments):
+    folder = trained(*arguments, "--train-fraction", "0.3", epochs=1)
+    line = run.read_log(folder)[0]
+    assert line["erased_images"] > 0 and np.isfinite(line["train_loss"]) and (folder / "sheet.png").exists()
+
+
+def test_everything_selected_fills_the_seats_that_share_gives(trained):
+    cost = metrics_of(trained("--select", "all", "--share", "0.25"))["cost"]
+    assert cost["erased_images"] == (2 * 20 - 1) * 16  # every step but the first has a quarter of 64 erased images
+    part = metrics_of(trained("--select", "all", "--share", "0.25", "--subset", "0.1"))["cost"]
+    assert part["erased_images"] == pytest.approx((2 * 20 - 1) * 5.8, rel=0.15)  # a tenth of the 58 fresh ones
+
+
+def test_images_wait_for_one_step_only(trained):
+    lines = run.read_log(trained("--schedule", "1,p,2", epochs=4))
+    counts = [line["erased_images"] for line in lines]
+    assert counts[0] == counts[3] == 0 < counts[1] and counts[2] < 64 / 2 + 1  # those of the last proxy step ride in the first after
+
+
+@pytest.mark.parametrize("budget", ["equal", "extra"])
+def test_in_the_same_step_each_selected_image_is_trained_on_through_a_second_pass(trained, budget, capsys):
+    folder = trained("--same-step", "--budget", budget, "--select", "all", "--schedule", "1,p")
+    lines, cost = run.read_log(folder), metrics_of(folder)["cost"]
+    assert lines[0]["second_pass_images"] == lines[0]["erased_images"] == 0
+    assert lines[1]["erased_images"] == 20 * 64
+    assert lines[1]["images_seen"] == lines[1]["second_pass_images"] == 20 * 64 * (1 if budget == "equal" else 2)
+    assert cost["second_pass_images"] == lines[1]["second_pass_images"] and cost["optimizer_steps"] == 40
+    assert "went through the network once more" in capsys.readouterr().out
+
+
+def test_a_schedule_decides_in_which_epochs_images_are_erased(trained):
+    counts = [line["erased_images"] > 0 for line in run.read_log(trained("--schedule", "every:2", epochs=3))]
+    assert counts[:2] == [False, True]
+    lines = run.read_log(trained("--schedule", "plateau:1", "--lr", "1e-9", "--budget", "extra", epochs=4))  # it learns nothing
+    accuracies = [line["val_accuracy"] for line in lines]
+    on = [evaluation.proxy.is_on("plateau:1", epoch, accuracies[:epoch]) for epoch in range(4)]
+    assert [line["erased_images"] > 0 for line in lines] == on and on[-1] and not any(on[:2])
+
+
+def test_a_dry_run_shows_every_fill_and_control_on_one_sheet(tmp_path, capsys):
+    before = len(list(REPOSITORY.iterdir()))
+    assert train.main(["--dry-run", "--show", "--out", str(tmp_path), "--name", "x"]) == 0
+    assert f"Look at {tmp_path / 'x-show.png'}" in capsys.readouterr().out and len(list(REPOSITORY.iterdir())) == before
+    sheet = np.asarray(Image.open(tmp_path / "x-show.png").convert("RGB")).astype(int)
+    lines = 2 + len(evaluation.proxy.FILLS) + len(evaluation.proxy.CONTROLS) + 3 + 1
+    rows = [part[:, sheet.shape[1] // 7:] for part in np.array_split(sheet, lines)]
+    assert all(np.ptp(row) > 100 for row in rows)
+    assert train.main(["--show"]) == 2 and "--show goes with --dry-run" in capsys.readouterr().err
+
+
+# --- warm start, parts of datasets, the published protocol
+
+
+def test_a_run_starts_from_another_with_more_classes(trained, capsys):
+    first = trained("--classes", "1,3,7", "--cam", "none", epochs=2)
+    second = trained("--init", str(first), "--cam", "none", "--lr", "1e-9", "--seed", "4", epochs=1)
+    assert "its head keeps 3 of 10 classes, new are 0, 2, 4, 5, 6, 8, 9" in " ".join(capsys.readouterr().out.split())
+    old, new = (run.load_checkpoint(folder / "last.pt")["model"] for folder in (first, second))
+    assert torch.allclose(new["layer2.0.conv1.weight"], old["layer2.0.conv1.weight"], atol=1e-5)
+    assert torch.allclose(new["fc.weight"][[1, 3, 7]], old["fc.weight"], atol=1e-5)
+    assert not torch.allclose(new["fc.weight"][[0, 2, 4]], old["fc.weight"], atol=1e-2)
+    splits = [json.loads((folder / "split.json").read_text()) for folder in (first, second)]
+    assert splits[0]["classes"] == ["1", "3", "7"] and set(splits[0]["test"]) <= set(splits[1]["test"])
+    assert not set(splits[0]["train"]) & {*splits[1]["test"], *splits[1]["val"]}
+
+
+def test_a_run_that_starts_from_another_on_the_same_data_goes_on_where_that_was(trained):
+    first = trained("--cam", "none", epochs=4)
+    second = trained("--init", str(first), "--lr", "1e-9", epochs=1)
+    assert metrics_of(second)["test"]["accuracy"] == pytest.approx(metrics_of(first)["test"]["accuracy"], abs=0.02)
+    assert (first / "split.json").read_bytes() == (second / "split.json").read_bytes()
+
+
+def test_what_cannot_be_started_from_is_refused(trained, tmp_path, capsys):
+    first = trained(epochs=1)
+    for arguments, message in [
+            (["--init", str(tmp_path)], "not a run's folder"),
+            (["--init", str(first), "--model", "test_resnet"], "its network is --model resnet10s, not test_resnet"),
+            (["--init", str(first), "--split-from", str(trained("--seed", "9", epochs=1))], "was trained on; leave one of the two out"),
+            (["--classes", "1,x"], "--classes: dataset digits has no class 'x'")]:
+        assert train.main([*arguments, "--out", str(tmp_path / "runs")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    (first / "metrics.json").unlink()
+    assert train.main(["--init", str(first), "--out", str(tmp_path / "runs")]) == 2
+    assert f"not finished; first run python train.py --resume {first}" in capsys.readouterr().err
+
+
+def test_the_published_protocol_leaks_and_every_page_says_so(tmp_path, capsys):
+    found = {}
+    for protocol in ("fixed", "resplit"):
+        assert train.main(["--dataset", "noisy_digits", "--cam", "none", "--schedule", "8,p,8,p,2", "--protocol", protocol, "--out",
+                           str(tmp_path), "--name", protocol]) == 0
+        found[protocol] = metrics_of(tmp_path / protocol)
+    shown = capsys.readouterr().out
+    assert found["resplit"]["val"]["accuracy"] > found["fixed"]["val"]["accuracy"] + 0.15
+    assert abs(found["resplit"]["test"]["accuracy"] - found["fixed"]["test"]["accuracy"]) < 0.1
+    assert found["resplit"]["cost"]["optimizer_steps"] == found["fixed"]["cost"]["optimizer_steps"]
+    assert shown.count("LEAK") == 20 and f"WARNING, --protocol resplit: {evaluation.LEAK}" in shown
+    assert all(line["warning"] == evaluation.LEAK for line in run.read_log(tmp_path / "resplit"))
+    assert json.loads((tmp_path / "resplit" / "config.json").read_text())["protocol"] == found["resplit"]["protocol"] == "resplit"
+    assert evaluation.main([str(tmp_path / "fixed"), str(tmp_path / "resplit")]) == 2
+    assert "--any-protocol" in capsys.readouterr().err
+    assert evaluation.main([str(tmp_path / "fixed"), str(tmp_path / "resplit"), "--any-protocol"]) == 0
+
+
+# --- the staged pipeline
+
+
+STAGED = ["--mode", "staged", "--train-fraction", "0.3", "--format", "png"]
+
+
+def picture(folder, row):
+    return np.asarray(Image.open(folder / row["file"])).astype(int)
+
+
+def test_the_staged_pipeline_erases_what_misled_and_trains_again(trained):
+    folder = trained(*STAGED, "--schedule", "2,p,1,p", epochs=5)
+    lines, stages = run.read_log(folder), run.read_lines(folder / "stages.jsonl")
+    assert [(s["round"], s["stage"]) for s in stages] == [(0, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, None)]
+    assert stages[-1]["ended"] == metrics_of(folder)["ended"] == "all rounds are done"
+    assert [line["round"] for line in lines] == [0, 0, 1, 1, 2] and lines[1]["erased_images"] == 0
+    opened = run.open_run(folder)
+    dataset, train_ids = opened.dataset(), opened.split["train"]
+    mean, std = run.normalisation(opened.config, None)
+    for number in (1, 2):
+        rows = run.ErasedRound(folder, number, "png").rows()
+        assert len(rows) == stages[2 * number - 1]["erased_images"] > 0 and stages[2 * number - 1]["images"] == len(train_ids)
+        assert {row["source"] for row in rows} <= set(train_ids) and len({row["source"] for row in rows}) == len(rows)
+        for row in rows:
+            index = dataset.ids.index(row["source"])
+            assert row["label"] == dataset.classes[dataset.labels[index]] != row["predicted"]
+            assert row["file"].startswith(f"erased/round-{number}/{row['label']}/")
+            changed = (picture(folder, row) != evaluation.data.to_rgb(dataset.open(index), 32)).any(2)
+            assert changed.sum() <= 102 and float(row["area"]) == pytest.approx(102 / 1024, abs=1e-5)
+            assert (picture(folder, row)[changed] == 0).all() and 0.1 < float(row["confidence"]) <= 1
+    cost = metrics_of(folder)["cost"]
+    assert cost["second_pass_images"] == 2 * len(train_ids) and cost["cam_seconds"] > 0
+    assert cost["erased_images"] == sum(line["erased_images"] for line in lines) > 0
+
+
+def test_a_stages_network_and_optimizer_are_gone_when_it_ends(trained, monkeypatch):
+    import weakref
+
+    kept, alive = [], []
+    build, record = torch.optim.AdamW, run.append_line
+
+    def remember(*arguments, **options):
+        kept.append(weakref.ref(optimizer := build(*arguments, **options)))
+        kept.append(weakref.ref(optimizer.param_groups[0]["params"][0]))
+        return optimizer
+
+    def look(path, line):
+        if path.name == "stages.jsonl":
+            alive.append([reference() is not None for reference in kept])
+        record(path, line)
+
+    monkeypatch.setattr(torch.optim, "AdamW", remember)
+    monkeypatch.setattr(run, "append_line", look)
+    stages = run.read_lines(trained(*STAGED, "--rounds", "1", epochs=1) / "stages.jsonl")
+    assert len(kept) == 4 and len(alive) == 4 and not any(sum(alive, []))
+    assert all(stage["held_mb"] > 0 and stage["left_mb"] > 0 for stage in stages[:-1])
+
+
+@pytest.mark.parametrize("budget, images", [("equal", 0), ("extra", 1)])
+def test_stage_3_trains_on_copies_instead_of_their_originals_or_on_both(trained, budget, images):
+    folder = trained(*STAGED, "--rounds", "1", "--budget", budget, "--batch-size", "16", epochs=1)
+    erased, lines = len(run.ErasedRound(folder, 1, "png").rows()), run.read_log(folder)
+    whole = len(run.open_run(folder).split["train"])
+    assert lines[1]["images_seen"] == -(-(whole + images * erased) // 16) * 16
+    assert erased <= lines[1]["erased_images"] < erased + 16
+
+
+def test_staged_runs_end_early_and_say_why(trained, capsys):
+    folder = trained(*STAGED, "--target-accuracy", "0.05", epochs=2)
+    assert "reaches the target 0.05" in metrics_of(folder)["ended"] and len(run.read_log(folder)) == 2
+    folder = trained("--mode", "staged", "--classes", "0,1", epochs=8)
+    assert metrics_of(folder)["ended"] == "no training image is misled" and len(run.read_log(folder)) < 32
+    assert "ended in round" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("select", ["unsure", "loss"])
+def test_a_staged_subset_takes_the_hardest_of_all_training_images(trained, select):
+    folder = trained(*STAGED, "--rounds", "1", "--select", select, "--subset", "0.1", epochs=1)
+    opened = run.open_run(folder)
+    dataset, ids = opened.dataset(), opened.split["train"]
+    rows = run.ErasedRound(folder, 1, "png").rows()
+    assert len(rows) == round(0.1 * len(ids))
+    rest = set(ids) - {row["source"] for row in rows}
+    opened.config["seed"] = 0
+    state = run.load_checkpoint(folder / "best.pt")  # of stage 1, unless stage 3 was better
+    if state["epoch"] == 1:
+        model = opened.network("best.pt")
+        logits, labels = evaluation.predict(model, evaluation.batches_in_order(opened.config, dataset, ids, torch.device("cpu")),
+                                            *run.normalisation(opened.config, model), torch.device("cpu"))
+        score = dict(zip(ids, evaluation.proxy.SELECTIONS[select](logits, labels, None)[1].tolist()))
+        assert min(score[row["source"]] for row in rows) >= max(score[i] for i in rest) - 1e-5
+
+
+def same_run(a, b):
+    """The same weights, and the same erased images, line by line and byte by byte."""
+    states = [run.load_checkpoint(folder / "last.pt")["model"] for folder in (a, b)]
+    files = [{p.relative_to(f): p.read_bytes() for p in f.glob("erased/**/*") if p.is_file()} for f in (a, b)]
+    return all(torch.equal(states[0][k], states[1][k]) for k in states[0]) and files[0] == files[1] and files[0]         and [s["stage"] for s in run.read_lines(a / "stages.jsonl")] == [s["stage"] for s in run.read_lines(b / "stages.jsonl")]
+
+
+@pytest.mark.parametrize("moment", ["write_json", "append_line", "save_checkpoint", "write_split"])
+def test_a_staged_run_that_was_killed_goes_on_with_what_is_on_disk(trained, tmp_path, monkeypatch, moment):
+    arguments = [*STAGED, "--schedule", "1,p,p", "--select", "loss", "--subset", "0.5", "--fill", "transplant", "--protocol", "resplit"]
+    whole = trained(*arguments, epochs=3)
+    place = train if moment == "write_split" else run
+    plain, calls = getattr(place, moment), [0]
+
+    def dies(*given):
+        calls[0] += 1
+        if calls[0] % (3 if place is train else 7) == 2:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(place, moment, dies)
+    status = train.main([*arguments, "--epochs", "3", "--out", str(tmp_path), "--name", "cut"])
+    attempts = 0
+    while status == 130 and (attempts := attempts + 1) < 30:
+        if not (tmp_path / "cut" / "config.json").exists():  # it died before there was a run
+            import shutil
+            shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+            status = train.main([*arguments, "--epochs", "3", "--out", str(tmp_path), "--name", "cut"])
+        else:
+            status = train.main(["--resume", str(tmp_path / "cut")])
+    assert status == 0 and attempts > 0
+    assert same_run(whole, tmp_path / "cut")
+
+
+def test_a_staged_run_repeats_no_finished_work(trained, tmp_path, monkeypatch):
+    arguments = [*STAGED, "--rounds", "1", "--batch-size", "32"]
+    looked, record = [], run.ErasedRound.add
+    monkeypatch.setattr(run.ErasedRound, "add", lambda self, *given: (record(self, *given), looked.append(given[2])))
+    with monkeypatch.context() as patch:
+        def stop(self, *given):
+            if given[2] >= 160:
+                raise KeyboardInterrupt
+            record(self, *given)
+            looked.append(given[2])
+            while self._waiting:
+                self._settle()
+        patch.setattr(run.ErasedRound, "add", stop)
+        assert train.main([*arguments, "--epochs", "1", "--out", str(tmp_path), "--name", "cut"]) == 130
+    assert looked == [32, 64, 96, 128]
+    epochs = len(run.read_log(tmp_path / "cut"))
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    assert looked[4:] == [*range(160, looked[-1], 32), looked[-1]] and epochs == 1 and len(run.read_log(tmp_path / "cut")) == 2
+
+
+def test_a_full_disk_in_a_staged_run_keeps_the_last_checkpoint_and_the_run_goes_on(tmp_path):
+    from test_run import resize_limit
+
+    start = ["train.py", *STAGED, "--rounds", "1", "--epochs", "1", "--out", str(tmp_path), "--name", "run"]
+    answer = command(*start, preexec_fn=lambda: resize_limit(100_000))  # config and split fit, a checkpoint does not
+    assert answer.returncode == 2 and "cannot be written (" in answer.stderr and answer.stderr.count("\n") == 1
+    answer = command("train.py", "--resume", str(tmp_path / "run"))
+    assert answer.returncode == 0, answer.stderr
+    assert len(run.read_log(tmp_path / "run")) == 2
+
+
+ODD = ["a b", "é <b>狗", "$x_2$ & [red]", "..hidden", "100%"]
+
+
+@pytest.mark.parametrize("mode", [["--budget", "extra"], ["--mode", "staged", "--rounds", "1", "--control", "label"]])
+def test_names_with_markup_stay_in_the_runs_folder_and_the_dataset_is_untouched(mode, tmp_path):
+    from conftest import draw_letter
+
+    root = tmp_path / "images"
+    for number, name in enumerate(ODD):
+        (root / name).mkdir(parents=True)
+        for frame in range(6):
+            draw_letter("ABCDE"[number], frame).save(root / name / f"{name} [red] {frame}.jpg")
+    before = hash_folder(root)
+    assert train.main(["--dataset", "folder", "--data-dir", str(root), "--model", "test_resnet", "--no-pretrained", "--image-size", "64",
+                       "--epochs", "1", "--out", str(tmp_path / "runs"), "--name", "run", "--workers", "0", *mode]) == 0
+    assert hash_folder(root) == before and sorted(p.name for p in tmp_path.iterdir()) == ["images", "runs"]
+    opened = run.open_run(tmp_path / "runs" / "run")
+    assert set(opened.split["classes"]) == set(ODD) and (opened.folder / "sheet.png").exists()
+    if "staged" in mode:
+        rows = run.ErasedRound(opened.folder, 1, "jpg").rows()
+        assert rows and {row["label"] for row in rows} <= set(ODD)
+        assert all((opened.folder / row["file"]).is_file() and row["file"].count("/") == 3 for row in rows)
+
+
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision_trains(trained, amp):
     line = run.read_log(trained("--amp", amp, "--train-fraction", "0.2", epochs=1))[0]
