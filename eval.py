@@ -337,6 +337,7 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
     save_figure(figure, folder / "sheet.png")
 
 
+OUTLINE = "#e69f00"  # around what is erased, as black on black would not be seen
 SPACE_IMAGES, SPACE_AREAS = 6, (0.05, 0.15, 0.4)
 
 
@@ -364,12 +365,15 @@ def draw_space(config, model, dataset, split, device):
                     where, _ = proxy.select("misled", logits, labels, fresh, seats, key, control="label")
                 return proxy.erased_copies(changed, explain, images, labels, logits, fresh, where, chosen, (mean, std), key)
 
-            lines = [("as they are", images[rows], None), ("heat", images[rows], copies({})[1].cpu().numpy())]
+            heat = copies({})[1].cpu().numpy()
+            lines = [("as they are", images[rows], None), ("heat", images[rows], None)]
             changes = [(f"--fill {fill}", {"fill": fill}) for fill in proxy.FILLS]
             changes += [(f"--control {control}", {"control": control}) for control in proxy.CONTROLS]
             changes += [(f"--area {area}", {"area": area, "threshold": None}) for area in SPACE_AREAS]
             changes += [("--soften 0.05", {"soften": 0.05})]
-            lines += [(name, copies(change)[0].images, None) for name, change in changes]
+            for name, change in changes:
+                erased, _, mask = copies(change)
+                lines.append((name, erased.images, mask.cpu().numpy()))
         break
     else:
         raise UserError(f"--show: no batch of training images has {SPACE_IMAGES} that this network gets wrong; try a larger "
@@ -378,12 +382,13 @@ def draw_space(config, model, dataset, split, device):
              for label, said in zip(labels[rows].tolist(), logits[rows].argmax(1).tolist())]
     figure = Figure((1.5 * (len(rows) + 1), 1.5 * len(lines) + 0.6), layout="constrained")
     grid = figure.subplots(len(lines), len(rows) + 1, squeeze=False)
-    for line, (name, batch, heats) in zip(grid, lines):
+    for line, (name, batch, masks) in zip(grid, lines):
         pictures = data.pixels_of(batch, mean, std).permute(0, 2, 3, 1).cpu().numpy() / 255
         line[0].text(0.95, 0.5, name, ha="right", va="center", fontsize=9)
         for place, axes in enumerate(line[1:]):
-            picture = pictures[place] if heats is None else overlay(pictures[place], heats[place])
-            axes.imshow(picture, interpolation="nearest")
+            axes.imshow(overlay(pictures[place], heat[place]) if name == "heat" else pictures[place], interpolation="nearest")
+            if masks is not None and 0 < masks[place].mean() < 1:
+                axes.contour(masks[place], levels=[0.5], colors=[OUTLINE], linewidths=0.6)
         for axes in line:
             axes.axis("off")
     for axes, name in zip(grid[0, 1:], names):

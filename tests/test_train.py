@@ -512,10 +512,10 @@ def test_a_full_disk_in_a_staged_run_keeps_the_last_checkpoint_and_the_run_goes_
     assert len(run.read_log(tmp_path / "run")) == 2
 
 
-ODD = ["a b", "é <b>狗", "$x_2$ & [red]", "..hidden", "100%"]
+ODD = ["a b", "é <b>狗", "$x_2$ & [red]", "-rf", "100%"]
 
 
-@pytest.mark.parametrize("mode", [["--budget", "extra"], ["--mode", "staged", "--rounds", "1", "--control", "label"]])
+@pytest.mark.parametrize("mode", [["--budget", "extra"], ["--mode", "staged", "--rounds", "1", "--select", "all", "--control", "label"]])
 def test_names_with_markup_stay_in_the_runs_folder_and_the_dataset_is_untouched(mode, tmp_path):
     from conftest import draw_letter
 
