@@ -730,15 +730,15 @@ class ErasedRound:
     that progress tells of is there, and `looked_at` images need not be looked at again.
 
         with erased:
-            erased.add(pictures, rows, looked_at)     # comes back at once, unless IN_FLIGHT images wait
+            erased.add(pictures, rows, looked_at, selected)     # comes back at once, unless IN_FLIGHT images wait
     """
 
     def __init__(self, folder, number, kind):
         self.run_folder, self.kind = Path(folder), kind
         self.folder = self.run_folder / "erased" / f"round-{number}"
         self.index, self.progress = self.folder / "index.csv", self.folder / "progress.json"
-        state = read_json(self.progress) if self.progress.exists() else {"looked_at": 0, "erased": 0}
-        self.looked_at, self.count = state["looked_at"], state["erased"]
+        state = read_json(self.progress) if self.progress.exists() else {"looked_at": 0, "selected": 0, "erased": 0}
+        self.looked_at, self.selected, self.count = (state[key] for key in ("looked_at", "selected", "erased"))
 
     def rows(self):
         """The index's lines, as dicts with the keys of INDEX. file: relative to the run's folder. area: share of the pixels."""
@@ -772,14 +772,17 @@ class ErasedRound:
         self._waiting, self._in_flight = collections.deque(), 0
         return self
 
-    def add(self, pictures, rows, looked_at):
-        """Write erased images. pictures: uint8 [n, H, W, 3]. rows: n dicts with the keys of INDEX but for file. looked_at: in all."""
+    def add(self, pictures, rows, looked_at, selected):
+        """Write erased images. pictures: n of uint8 [H, W, 3]. rows: n dicts with the keys of INDEX but for file.
+
+        looked_at, selected: images so far, these included; those whose heat says nothing were selected and not erased.
+        """
         jobs = []
         for picture, row in zip(pictures, rows):
             path = self.folder / safe_name(row["label"]) / f"{safe_name(row['source'])}.{self.kind}"
             row["file"] = path.relative_to(self.run_folder).as_posix()
             jobs.append(self._pool.submit(self._write, path, picture))
-        self._waiting.append((jobs, rows, looked_at))
+        self._waiting.append((jobs, rows, looked_at, selected))
         self._in_flight += len(jobs)
         while self._waiting and (self._in_flight > IN_FLIGHT or all(job.done() for job in self._waiting[0][0])):
             self._settle()
@@ -793,7 +796,7 @@ class ErasedRound:
 
     def _settle(self):
         """Wait for the oldest batch, then record it."""
-        jobs, rows, looked_at = self._waiting.popleft()
+        jobs, rows, looked_at, selected = self._waiting.popleft()
         for job in jobs:
             job.result()
         self._in_flight -= len(jobs)
@@ -806,7 +809,7 @@ class ErasedRound:
                 os.fsync(file.fileno())
         except OSError as error:
             raise cannot_write(self.index, error) from None
-        self.count, self.looked_at = self.count + len(rows), looked_at
+        self.count, self.looked_at, self.selected = self.count + len(rows), looked_at, selected
         self._save()
 
     def _lines(self, rows):
@@ -815,7 +818,7 @@ class ErasedRound:
         return text.getvalue().encode("utf-8", "surrogateescape")
 
     def _save(self):
-        write_json(self.progress, {"looked_at": self.looked_at, "erased": self.count})
+        write_json(self.progress, {"looked_at": self.looked_at, "selected": self.selected, "erased": self.count})
 
     def __exit__(self, kind, *rest):
         try:

@@ -284,10 +284,11 @@ def staged(config, folder, dataset, split, device):
             split = draw_new_split(config, folder, dataset, split, round_)
         if (round_, 2) not in done:
             run_stage(folder, device, round_, 2, erase_stage, config, folder, dataset, split, device, round_)
-        found = run.ErasedRound(folder, round_, config["format"]).rows()
+        erased = run.ErasedRound(folder, round_, config["format"])
+        found = erased.rows()
         if not found:
-            return say_end(folder, done, round_, "no training image is misled" if config["select"] == "misled"
-                           else "nothing was found to erase")
+            return say_end(folder, done, round_, f"the heat of all {erased.selected} selected images is zero" if erased.selected
+                           else "no training image is misled" if config["select"] == "misled" else "no training image is selected")
         if (round_, 3) not in done:
             sources, files = [row["source"] for row in found], [str(folder / row["file"]) for row in found]
             joined, ids, copies = data.with_erased(dataset, split["train"], sources, files, config["budget"])
@@ -337,8 +338,8 @@ def erase_stage(config, folder, dataset, split, device, round_):
         select, subset = "all", 1.0
     erased.begin(order)
     order = (order or shuffled)[erased.looked_at:]
-    batches, looked_at = evaluation.batches_in_order(config, dataset, order, device), erased.looked_at
-    label, number = dict(zip(dataset.ids, dataset.labels.tolist())), 0
+    batches, label, number = evaluation.batches_in_order(config, dataset, order, device), dict(zip(dataset.ids, dataset.labels)), 0
+    looked_at, selected = erased.looked_at, erased.selected
     with erased, cam.CAM(model, config["cam"], config["layer"], config["smooth"]) as explain:
         for pixels, labels in progress(batches, f"round {round_}: erasing"):
             key = (config["seed"], "round", round_, looked_at)
@@ -354,9 +355,9 @@ def erase_stage(config, folder, dataset, split, device, round_):
             told = [(picture, {"source": order[number + row], "label": dataset.classes[label[order[number + row]]],
                                "predicted": dataset.classes[said], "confidence": f"{sure:.6f}", "area": f"{area:.6f}"})
                     for picture, row, said, sure, area, taken in told if taken]
-            number, looked_at = number + len(labels), looked_at + len(labels)
-            erased.add([picture for picture, _ in told], [row for _, row in told], looked_at)
-    return {"images": looked_at, "erased_images": erased.count, "held_mb": run.held_mb(device)}
+            number, looked_at, selected = number + len(labels), looked_at + len(labels), selected + len(copies.labels)
+            erased.add([picture for picture, _ in told], [row for _, row in told], looked_at, selected)
+    return {"images": looked_at, "selected": selected, "erased_images": erased.count, "held_mb": run.held_mb(device)}
 
 
 @torch.no_grad()

@@ -325,11 +325,11 @@ def test_erased_images_are_written_indexed_and_taken_up_again(tmp_path):
     kept = run.ErasedRound(tmp_path, 1, "png")
     kept.begin(NAMES)
     with kept:
-        kept.add(pictures, [erased_row(name, label) for name, label in zip(NAMES, reversed(NAMES))], 40)
-        kept.add([], [], 50)
+        kept.add(pictures, [erased_row(name, label) for name, label in zip(NAMES, reversed(NAMES))], 40, 30)
+        kept.add([], [], 50, 31)
     again = run.ErasedRound(tmp_path, 1, "png")
     rows = again.rows()
-    assert (again.looked_at, again.order()) == (50, NAMES) and [row["source"] for row in rows] == NAMES
+    assert (again.looked_at, again.selected, again.order()) == (50, 31, NAMES) and [row["source"] for row in rows] == NAMES
     for row, picture in zip(rows, pictures):
         assert (tmp_path / row["file"]).resolve().is_relative_to(tmp_path / "erased" / "round-1")
         assert np.array_equal(np.asarray(Image.open(tmp_path / row["file"])), picture)
@@ -345,5 +345,5 @@ def test_an_image_that_cannot_be_written_ends_the_round_with_an_error(tmp_path):
     (kept.folder / "a").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="cannot be written"):
         with kept:
-            kept.add(np.zeros((1, 8, 8, 3), np.uint8), [erased_row("1")], 1)
+            kept.add(np.zeros((1, 8, 8, 3), np.uint8), [erased_row("1")], 1, 1)
     assert run.ErasedRound(tmp_path, 1, "jpg").looked_at == 0

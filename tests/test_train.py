@@ -421,6 +421,13 @@ def test_stage_3_trains_on_copies_instead_of_their_originals_or_on_both(trained,
     assert erased <= lines[1]["erased_images"] < erased + 16
 
 
+def test_a_round_whose_heat_says_nothing_says_so(trained, monkeypatch):
+    monkeypatch.setattr(evaluation.cam, "rescale", torch.zeros_like)
+    folder = trained(*STAGED, epochs=1)
+    selected = run.read_lines(folder / "stages.jsonl")[1]["selected"]
+    assert selected > 100 and metrics_of(folder)["ended"] == f"the heat of all {selected} selected images is zero"
+
+
 def test_staged_runs_end_early_and_say_why(trained, capsys):
     folder = trained(*STAGED, "--target-accuracy", "0.05", epochs=2)
     assert "reaches the target 0.05" in metrics_of(folder)["ended"] and len(run.read_log(folder)) == 2
@@ -515,7 +522,7 @@ def test_a_full_disk_in_a_staged_run_keeps_the_last_checkpoint_and_the_run_goes_
 ODD = ["a b", "é <b>狗", "$x_2$ & [red]", "-rf", "100%"]
 
 
-@pytest.mark.parametrize("mode", [["--budget", "extra"], ["--mode", "staged", "--rounds", "1", "--select", "all", "--control", "label"]])
+@pytest.mark.parametrize("mode", [["--budget", "extra"], ["--mode", "staged", "--rounds", "1", "--select", "all", "--cam", "center", "--control", "label"]])
 def test_names_with_markup_stay_in_the_runs_folder_and_the_dataset_is_untouched(mode, tmp_path):
     from conftest import draw_letter
 
