@@ -198,11 +198,13 @@ class CAM:
     smooth: eigen-smoothing, Muhammad and Yeasin 2020: the first principal component of the weighted activations instead of their sum.
     Raises ValueError, naming what would serve, for an unknown method or layer and where no layer or method fits.
 
+    compiled: whether the model will be compiled; one that is compiled already says so itself.
+
     Under `torch.compile`, make the CAM before the compiled model is called for the first time: it tells the compiler to look at
     hooks and to let the graph be walked twice. Each hook breaks the compiled graph in two; `bench.py compile` says what that costs.
     """
 
-    def __init__(self, model, method="gradcam", layer=None, smooth=False):
+    def __init__(self, model, method="gradcam", layer=None, smooth=False, compiled=False):
         if method not in METHODS:
             raise ValueError(f"unknown CAM method {method!r}; there are {', '.join(METHODS)}")
         if smooth and method not in WEIGHTS:
@@ -211,7 +213,7 @@ class CAM:
         while inside := getattr(wrappers[-1], "_orig_mod", None) or _parallel(wrappers[-1]):
             wrappers.append(inside)
         self.model = wrappers[-1]
-        self._compiled = any(hasattr(w, "_orig_mod") or getattr(w, "_compiled_call_impl", None) for w in wrappers)
+        self._compiled = compiled or any(hasattr(w, "_orig_mod") or getattr(w, "_compiled_call_impl", None) for w in wrappers)
         if self._compiled:
             torch._dynamo.config.skip_nnmodule_hook_guards = False
             torch._functorch.config.donated_buffer = False

@@ -18,7 +18,9 @@ import difflib
 import hashlib
 import math
 import os
+import queue
 import re
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,14 +46,49 @@ class UserError(Exception):
     """Something the user can mend: shown as one line, without a traceback; exit status 2."""
 
 
+class Names:
+    """Strings in one buffer. Reading a list's strings counts references, and so copies its memory in every forked worker."""
+
+    def __init__(self, names):
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self.buffer = b"".join(encoded)
+        self.ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.buffer[self.ends[index]:self.ends[index + 1]].decode("utf-8", "surrogateescape")
+
+
+class Pixels:
+    """Images as uint8 [N, size, size, 3], in one array after another: in memory, or mapped from a file."""
+
+    def __init__(self, *arrays):
+        self.arrays, self.size = arrays, arrays[0].shape[1]
+        self.ends = np.cumsum([len(a) for a in arrays])
+
+    def take(self, indices):
+        """Images number `indices`, int64 [n], as one array in memory, uint8 [n, size, size, 3]."""
+        if len(self.arrays) == 1:
+            return np.asarray(self.arrays[0])[indices]
+        taken, which = np.empty((len(indices), self.size, self.size, 3), np.uint8), np.searchsorted(self.ends, indices, "right")
+        for number, array in enumerate(self.arrays):
+            taken[which == number] = np.asarray(array)[indices[which == number] - (self.ends[number] - len(array))]
+        return taken
+
+
 @dataclass
 class Dataset:
     """What a layout found. Image i has id `ids[i]`, class `classes[labels[i]]`; order is the natural order of ids.
 
     ids: unique strings, paths relative to `root` with `/` where the images are files.
-    images: list of N paths, or uint8 array [N, H, W, 3], or a torchvision dataset that gives (PIL image, label).
+    images: Names of N paths, or uint8 array [N, H, W, 3], or a torchvision dataset that gives (PIL image, label).
     parts: "train" | "val" | "test" per image where the dataset brings its own split, else None.
     digests: hex hash of each image's content; equal digests mean the same image under two names.
+    pixels: `Pixels` of all images, decoded and at the size of the run, where they are at hand (`cache.open_pixels`).
     """
 
     name: str
@@ -62,6 +99,8 @@ class Dataset:
     images: object
     parts: list | None = None
     digests: list | None = None
+    pixels: object = None
+    _fingerprint: str | None = None
 
     def __len__(self):
         return len(self.ids)
@@ -70,20 +109,24 @@ class Dataset:
         """PIL image number `index`, as it lies on the disk."""
         if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[index])
-        if isinstance(self.images, list):
+        if isinstance(self.images, Names):
             return Image.open(self.images[index])
         return self.images[index][0]
 
     def where(self, index):
         """The file, or else the name, of image number `index`, for messages."""
-        files = self.images if isinstance(self.images, list) else getattr(self.images, "files", [])
+        files = self.images if isinstance(self.images, Names) else getattr(self.images, "files", [])
         place = index - (len(self) - len(files))
         return files[place] if 0 <= place < len(files) else self.root / self.ids[index]
 
     @property
     def in_memory(self):
         """Whether all images are there without decoding files."""
-        return isinstance(self.images, np.ndarray) or getattr(self.images, "in_memory", False)
+        return isinstance(self.images, np.ndarray)
+
+    def chosen(self, classes):
+        """The dataset with the classes of a text alone, which stand between commas; None is all of them."""
+        return self if classes is None else self.only(next(csv.reader([classes], skipinitialspace=True), []))
 
     def only(self, names):
         """The same dataset with these classes alone, in the order that it has them. Raises UserError for an unknown class."""
@@ -100,7 +143,8 @@ class Dataset:
         if isinstance(self.images, np.ndarray):
             images = self.images[kept]
         else:
-            images = [self.images[i] for i in kept] if isinstance(self.images, list) else torch.utils.data.Subset(self.images, kept)
+            images = Names(self.images[i] for i in kept) if isinstance(self.images, Names) \
+                else torch.utils.data.Subset(self.images, kept)
         return Dataset(self.name, self.root, classes, [self.ids[i] for i in kept],
                        np.array([number[self.labels[i]] for i in kept], dtype=np.int64), images,
                        [self.parts[i] for i in kept] if self.parts else None,
@@ -108,10 +152,56 @@ class Dataset:
 
     def fingerprint(self):
         """One hash of every id, label and content: two machines with the same one have the same dataset."""
-        whole = hashlib.blake2b(digest_size=16)
-        for image_id, label, digest in zip(self.ids, self.labels.tolist(), self.digests):
-            whole.update(f"{image_id}\0{self.classes[label]}\0{digest}\n".encode("utf-8", "surrogateescape"))
-        return whole.hexdigest()
+        if self._fingerprint is None:
+            whole = hashlib.blake2b(digest_size=16)
+            for image_id, label, digest in zip(self.ids, self.labels.tolist(), self.digests):
+                whole.update(f"{image_id}\0{self.classes[label]}\0{digest}\n".encode("utf-8", "surrogateescape"))
+            self._fingerprint = whole.hexdigest()
+        return self._fingerprint
+
+
+# --- files that are whole or not there -------------------------------------------------------------------------------
+
+
+def write_atomically(path, write, sync_name=True):
+    """Call `write` with an open binary file that becomes `path` only when it is whole and on the disk.
+
+    sync_name: whether its name is to be on the disk too; who writes many files to a folder syncs that once.
+    Raises UserError where the system cannot write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:100]}.{threading.get_ident()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch's writer raises its own over the system's
+        if isinstance(reason, OSError):
+            raise cannot_write(path, reason) from None
+        raise
+    if sync_name:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Make sure that names just written to a folder are on the disk, where the system can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def cannot_write(path, error):
+    """The message for a full disk, or a folder that is gone or closed to us."""
+    return UserError(f"{path}: cannot be written ({error.strerror or error}). Everything written before is intact: mend that, then go "
+                     "on with python train.py --resume and the run's folder")
 
 
 # --- layouts: how a dataset lies on the disk -----------------------------------------------------------------------
@@ -253,7 +343,7 @@ def torchvision_class(name, entry, root):
     if isinstance(images[0], np.ndarray):
         images = np.concatenate(images)
     elif isinstance(images[0], list):
-        images = sum(images, [])
+        images = Names(sum(images, []))
     else:
         images = torch.utils.data.ConcatDataset(images)
     classes = getattr(sources[0], "classes", None) or sources[0].categories
@@ -272,7 +362,7 @@ def _from_rows(name, root, rows, official):
         raise UserError(f"dataset {name}: only one class, {classes[0]!r}, in {root}; expected at least two.")
     number = {c: i for i, c in enumerate(classes)}
     labels = np.array([number[row[1]] for row in rows], dtype=np.int64)
-    return Dataset(name, root, classes, [row[0] for row in rows], labels, [str(root / row[0]) for row in rows],
+    return Dataset(name, root, classes, [row[0] for row in rows], labels, Names(str(root / row[0]) for row in rows),
                    [row[2] for row in rows] if official else None)
 
 
@@ -298,15 +388,15 @@ def load_dataset(name, entry, root, classes=None):
     root = Path(root or ".")
     if entry["layout"] != "digits" and not root.is_dir():
         raise UserError(missing(name, entry, f"no folder {root.resolve()}"))
-    dataset = LAYOUTS[entry["layout"]](name, entry, root)
-    if classes is not None:
-        dataset = dataset.only(next(csv.reader([classes], skipinitialspace=True), []))
-    dataset.digests = _digests(dataset)
+    dataset = LAYOUTS[entry["layout"]](name, entry, root).chosen(classes)
+    dataset.digests = digests_of(dataset)
     return dataset
 
 
-def _digests(dataset):
-    if isinstance(dataset.images, list):
+def digests_of(dataset, indices=None):
+    """Hex hashes of the content of images number `indices`, of all by default."""
+    indices = range(len(dataset)) if indices is None else indices
+    if isinstance(dataset.images, Names):
         def digest(index):
             try:
                 with open(dataset.images[index], "rb") as file:
@@ -321,9 +411,8 @@ def _digests(dataset):
             image = dataset.open(index)
             return hashlib.blake2b(f"{image.size}{image.mode}".encode() + image.tobytes(), digest_size=16).hexdigest()
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        hashes = pool.map(digest, range(len(dataset)))
-        return list(track(hashes, description="reading", total=len(dataset), transient=True,
-                          disable=len(dataset) < 5000))
+        hashes = pool.map(digest, indices)
+        return list(track(hashes, description="reading", total=len(indices), transient=True, disable=len(indices) < 5000))
 
 
 # --- the split -----------------------------------------------------------------------------------------------------
@@ -356,16 +445,16 @@ def make_split(dataset, rule, seed, train_fraction=1.0, known=None):
     if known:
         parts = _keep_known(dataset, parts, known)
     # A copy of a held-out image must not be trained on, whatever the rule or the dataset's authors did.
-    seen = set()
-    for part in ("test", "val", "train"):
-        parts[part] = [i for i in parts[part] if dataset.digests[i] not in seen]
-        seen |= {dataset.digests[i] for i in parts[part]}
-    lost = set(dataset.labels[parts["val"]]) | set(dataset.labels[parts["test"]])
-    lost -= set(dataset.labels[parts["train"]])
+    if len(set(dataset.digests)) < len(dataset):
+        seen = set()
+        for part in ("test", "val", "train"):
+            parts[part] = [i for i in parts[part] if dataset.digests[i] not in seen]
+            seen |= {dataset.digests[i] for i in parts[part]}
+    lost = set(dataset.labels[[*parts["val"], *parts["test"]]].tolist()) - set(dataset.labels[parts["train"]].tolist())
     if lost:
         raise UserError(f"dataset {dataset.name}: class {dataset.classes[min(lost)]!r} has no image left to train on.")
-    if not parts["val"] or not parts["test"]:
-        empty = "val" if not parts["val"] else "test"
+    if not len(parts["val"]) or not len(parts["test"]):
+        empty = "val" if not len(parts["val"]) else "test"
         raise UserError(f"dataset {dataset.name}: no image left for the {empty} part. Expected at least three "
                         "different images per class.")
     return {part: [dataset.ids[i] for i in sorted(_fraction(dataset, parts[part], train_fraction, seed)
@@ -375,18 +464,22 @@ def make_split(dataset, rule, seed, train_fraction=1.0, known=None):
 def _draw(dataset, indices, rule, seed, shares):
     """Deal `indices` out, class by class, into the named shares and the rest, "train"."""
     dealt = {part: [] for part in (*shares, "train")}
+    copied = rule["rule"] == "blocks" or len(set(dataset.digests)) < len(dataset)
     for label, members in _by_class(dataset, indices):
         if rule["rule"] == "blocks":
             units = [list(b) for b in np.array_split(members, min(rule["blocks"], len(members)))]
+        elif not copied:
+            units = members[:, None]
         else:
             copies = {}
-            for i in members:
+            for i in members.tolist():
                 copies.setdefault(dataset.digests[i], []).append(i)
             units = list(copies.values())
         if len(units) <= len(shares):
             raise UserError(f"dataset {dataset.name}: class {dataset.classes[label]!r} has {len(units)} different "
                             f"images; the split needs at least {len(shares) + 1}.")
-        units = [units[i] for i in _generator("split", seed, dataset.classes[label]).permutation(len(units))]
+        order = _generator("split", seed, dataset.classes[label]).permutation(len(units))
+        units = units[order].tolist() if not copied else [units[i] for i in order]
         left = len(units)
         for part, share in shares.items():
             # at least one unit each, and one left for every part still to come
@@ -400,12 +493,12 @@ def _draw(dataset, indices, rule, seed, shares):
 
 
 def _keep_known(dataset, parts, known):
-    kept = {part: list(members) for part, members in parts.items()}
-    for label, members in _by_class(dataset, range(len(dataset))):
-        if any(dataset.ids[i] in known for i in members):
-            for part in PARTS:
-                kept[part] = [i for i in kept[part] if dataset.labels[i] != label]
-                kept[part] += [i for i in members if known.get(dataset.ids[i], "train") == part]
+    labels = dataset.labels.tolist()
+    had = {label for image_id, label in zip(dataset.ids, labels) if image_id in known}
+    kept = {part: [i for i in members if labels[i] not in had] for part, members in parts.items()}
+    for i, (image_id, label) in enumerate(zip(dataset.ids, labels)):
+        if label in had:
+            kept[known.get(image_id, "train")].append(i)
     return kept
 
 
@@ -428,6 +521,8 @@ def redraw(dataset, split, seed, number):
 
 def _fraction(dataset, indices, fraction, seed):
     """A stratified `fraction` of `indices`, at least one per class; smaller fractions are parts of larger ones."""
+    if fraction == 1:
+        return indices
     kept = []
     for label, members in _by_class(dataset, indices):
         order = _generator("fraction", seed, dataset.classes[label]).permutation(len(members))
@@ -437,8 +532,11 @@ def _fraction(dataset, indices, fraction, seed):
 
 def _by_class(dataset, indices):
     indices = np.asarray(indices, dtype=np.int64)
-    for label in np.unique(dataset.labels[indices]):
-        yield int(label), indices[dataset.labels[indices] == label]
+    labels = dataset.labels[indices]
+    order = np.argsort(labels, kind="stable")
+    found, starts = np.unique(labels[order], return_index=True)
+    for label, members in zip(found.tolist(), np.split(indices[order], starts[1:])):
+        yield label, members
 
 
 def reuse_split(dataset, split, train_fraction, seed, origin):
@@ -523,78 +621,146 @@ class Decoded(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, position):
-        index = self.indices[position]
+        label = int(self.dataset.labels[self.indices[position]])
+        return torch.from_numpy(self.pixels(position).copy()).permute(2, 0, 1), label
+
+    def pixels(self, position):
+        """uint8 [size, size, 3]. Raises UserError that names what cannot be read."""
+        index = int(self.indices[position])
         try:
-            pixels = to_rgb(self.dataset.open(index), self.size)
+            return to_rgb(self.dataset.open(index), self.size)
         except UNREADABLE as error:
             raise UserError(f"{self.dataset.where(index)}: cannot be read as an image "
                             f"({error}). Mend or remove it.") from None
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), int(self.dataset.labels[index])
 
 
 class Order:
-    """Batches of positions, for a DataLoader: shuffled anew each epoch, every batch of the same size.
+    """Batches of positions: shuffled anew each epoch, every batch of the same size.
 
     The order of an epoch follows from (seed, epoch) alone. The last batch is filled up from the epoch's beginning,
-    so that every image is seen in every epoch and no batch has another shape.
+    so that every image is seen in every epoch and no batch has another shape. rank, ranks: of each batch, this is the process that
+    takes the rank-th of `ranks` equal parts. Set `epoch`, and `start` to leave out an epoch's first batches.
     """
 
-    def __init__(self, length, batch_size, seed):
-        self.length, self.batch_size, self.seed, self.epoch = length, min(batch_size, length), seed, 0
+    def __init__(self, length, batch_size, seed, rank=0, ranks=1):
+        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
+        self.batch_size = max(min(batch_size, length) // ranks, 1)  # of this process
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self):
-        return math.ceil(self.length / self.batch_size)
+        return math.ceil(self.length / (self.batch_size * self.ranks))
+
+    def rows(self):
+        """Positions of the whole epoch, int64 [batches, batch_size of all ranks]."""
+        order = _generator("order", self.seed, self.epoch).permutation(self.length)
+        return np.resize(order, (len(self), self.batch_size * self.ranks))
 
     def __iter__(self):
-        order = _generator("order", self.seed, self.epoch).permutation(self.length)
-        order = np.resize(order, len(self) * self.batch_size)
-        return iter(order.reshape(len(self), self.batch_size).tolist())
+        return iter(self.rows()[self.start:, self.rank * self.batch_size:(self.rank + 1) * self.batch_size])
+
+
+class InOrder:
+    """Batches of positions, first to last; the last one may be shorter. Of several ranks each takes every ranks-th image."""
+
+    def __init__(self, length, batch_size, rank=0, ranks=1):
+        positions = np.arange(rank, length, ranks)
+        self.batches = np.split(positions, range(batch_size, len(positions), batch_size))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 class Batches:
     """Batches (images uint8 [B, 3, size, size], labels int64 [B]) on `device`, for one part of a split.
 
     With `seed` they are shuffled: set `.order.epoch`, then iterate. Without, they come in the order of `ids` and the
-    last one may be shorter.
+    last one may be shorter. Images that are decoded already (`dataset.pixels`) stay on the device where they fit, or else come
+    from memory or the disk, a few batches ahead; others are decoded by `workers` processes. rank, ranks: as in `Order`.
     """
 
-    def __init__(self, dataset, ids, size, batch_size, device, workers=0, seed=None):
+    def __init__(self, dataset, ids, size, batch_size, device, workers=0, seed=None, rank=0, ranks=1):
         number = {image_id: i for i, image_id in enumerate(dataset.ids)}
-        self.indices = [number[i] for i in ids]
+        self.indices = np.array([number[i] for i in ids], dtype=np.int64)
         self.device = device
         self.labels = torch.from_numpy(dataset.labels[self.indices])
-        if seed is None:
-            self.order = torch.utils.data.BatchSampler(range(len(ids)), batch_size, drop_last=False)
-        else:
-            self.order = Order(len(ids), batch_size, seed)
-        decoded = Decoded(dataset, self.indices, size)
-        self.resident = None
-        if dataset.in_memory and len(ids) * size * size * 3 <= RESIDENT_BYTES:
-            self.resident = torch.stack([decoded[i][0] for i in range(len(ids))]).to(device)
-            self.labels = self.labels.to(device)
-        else:
+        self.order = InOrder(len(ids), batch_size, rank, ranks) if seed is None else Order(len(ids), batch_size, seed, rank, ranks)
+        self.resident, self.loader, self.pixels = None, None, dataset.pixels
+        few = len(ids) * size * size * 3 <= RESIDENT_BYTES
+        self.ahead = device.type == "cuda" or not few
+        if self.pixels is None or self.pixels.size != size:
             self.loader = torch.utils.data.DataLoader(
-                decoded, batch_sampler=self.order, num_workers=workers, pin_memory=device.type == "cuda",
-                persistent_workers=workers > 0)
+                Decoded(dataset, self.indices, size), batch_sampler=self.order, num_workers=workers,
+                pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+        elif few and device.type != "cpu":
+            self.resident = torch.from_numpy(self.pixels.take(self.indices)).to(device)
+            self.labels = self.labels.to(device)
 
     def __len__(self):
         return len(self.order)
 
     def seen(self):
-        """Positions in `ids` of the images of this epoch, in their order."""
-        return [position for batch in self.order for position in batch]
+        """Positions in `ids` of the images of this epoch, in their order, over all ranks."""
+        return self.order.rows().ravel().tolist()
 
     def __iter__(self):
         if self.resident is not None:
             for positions in self.order:
-                positions = torch.tensor(positions, device=self.device)
-                yield self.resident[positions], self.labels[positions]
+                positions = torch.from_numpy(positions).to(self.device, non_blocking=True)
+                yield self.resident[positions].permute(0, 3, 1, 2), self.labels[positions]
+        elif self.loader is None:
+            for images, labels in ahead(self._taken()) if self.ahead else self._taken():
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         else:
             try:
                 for images, labels in self.loader:
                     yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             except UserError as error:  # a worker's comes wrapped in its traceback
                 raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+    def _taken(self):
+        """Batches from `pixels`, still on the host."""
+        for positions in self.order:
+            images = torch.from_numpy(self.pixels.take(self.indices[positions])).permute(0, 3, 1, 2)
+            labels = self.labels[torch.from_numpy(positions)]
+            yield (images.pin_memory(), labels.pin_memory()) if self.device.type == "cuda" else (images, labels)
+
+
+def ahead(items, depth=3):
+    """The items of an iterator, drawn by a thread up to `depth` ahead; what goes wrong there is raised here."""
+    waiting, stop, end = queue.Queue(depth), threading.Event(), object()
+
+    def draw():
+        last = end
+        try:
+            for item in items:
+                while not stop.is_set():
+                    with contextlib.suppress(queue.Full):
+                        waiting.put((item, None), timeout=0.1)
+                        break
+                if stop.is_set():
+                    return
+        except BaseException as error:
+            last = error
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return waiting.put((end, last if last is not end else None), timeout=0.1)
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
 
 
 def prepare(pixels, mean, std):
@@ -615,20 +781,28 @@ def _normalise(images, mean, std):
     return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
-# Augmentations: (pixels uint8 [B, 3, H, W], the dataset's `augment` entry, key) -> float32 [B, 3, H, W] in [0, 1].
+# Augmentations: (pixels uint8 [B, 3, H, W], the dataset's `augment` entry, key, place) -> float32 [B, 3, H, W] in [0, 1].
+# place: (first, all), where these images stand in a batch that several processes share, so that what is drawn for an image
+# does not depend on how many there are; None where the batch is whole.
 
 
-def unchanged(pixels, entry, key):
+def _draws(place, count, columns, *key):
+    """Uniform draws [count, columns] for the images at `place`, on the CPU."""
+    first, every = place or (0, count)
+    return torch.rand(every, columns, generator=chance("cpu", *key))[first:first + count]
+
+
+def unchanged(pixels, entry, key, place=None):
     return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-def light(pixels, entry, key):
+def light(pixels, entry, key, place=None):
     """Each image flipped, turned and shifted its own way, as far as its dataset allows.
 
     entry: {"flip": bool, "rotate": degrees, "shift": share of the side}.
     """
     images = unchanged(pixels, entry, key)
-    draws = torch.rand(len(images), 4, generator=chance("cpu", "augment", *key))
+    draws = _draws(place, len(images), 4, "augment", *key)
     angle, across, down, mirror = draws.to(images.device, non_blocking=True).T
     angle = (2 * angle - 1) * math.radians(entry["rotate"])
     across, down = (2 * (2 * shift - 1) * entry["shift"] for shift in (across, down))  # the grid spans -1 to 1
@@ -640,14 +814,14 @@ def light(pixels, entry, key):
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def randaugment(pixels, entry, key):
+def randaugment(pixels, entry, key, place=None):
     """RandAugment, Cubuk et al. 2020, with torchvision's defaults: two operations of magnitude 9."""
-    return unchanged(_one_by_one(pixels, v2.RandAugment(fill=GREY), "augment", *key), entry, key)
+    return unchanged(_one_by_one(pixels, v2.RandAugment(fill=GREY), place, "augment", *key), entry, key)
 
 
-def trivialaugment(pixels, entry, key):
+def trivialaugment(pixels, entry, key, place=None):
     """TrivialAugment, Mueller and Hutter 2021, as torchvision's TrivialAugmentWide: one operation of any magnitude."""
-    return unchanged(_one_by_one(pixels, v2.TrivialAugmentWide(fill=GREY), "augment", *key), entry, key)
+    return unchanged(_one_by_one(pixels, v2.TrivialAugmentWide(fill=GREY), place, "augment", *key), entry, key)
 
 
 AUGMENTATIONS = {"none": unchanged, "light": light, "randaugment": randaugment, "trivialaugment": trivialaugment}
@@ -655,34 +829,29 @@ GREY = 128  # what comes in from outside the image; black would look like someth
 HIDE_GRID = 4  # Hide-and-Seek's cells along a side: 56 pixels of 224, the largest of its paper
 
 
-def _one_by_one(images, transform, *key):
+def _one_by_one(images, transform, place, *key):
     """A torchvision transform on each image. A loop, for given a batch it would do the same to all of its images."""
-    with _seeded(*key):
-        return torch.stack([transform(image) for image in images])
-
-
-@contextlib.contextmanager
-def _seeded(*key):
-    """torch's own CPU generator, which torchvision draws from, follows from `key` meanwhile."""
+    first, changed = (place or (0, 0))[0], []
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stable_seed(*key))
-        yield
+        for number, image in enumerate(images, first):
+            torch.default_generator.manual_seed(stable_seed(*key, number))
+            changed.append(transform(image))
+    return torch.stack(changed)
 
 
-def augment(pixels, mean, std, config, key):
+def augment(pixels, mean, std, config, key, place=None):
     """Normalised images from pixels, each changed its own way by what a run's settings name.
 
     pixels, mean, std: as in `prepare`. config: augment, a key of AUGMENTATIONS; random_erasing, the probability that a rectangle of
     an image becomes noise (Zhong et al. 2020, torchvision's RandomErasing); hide_and_seek, the probability that a cell of the
     image is hidden behind the mean colour (Kumar Singh and Lee 2017). key: what the draws follow from, as (seed, epoch, step).
-    Returns float32 [B, 3, H, W], channels last.
+    place: as for AUGMENTATIONS. Returns float32 [B, 3, H, W], channels last.
     """
-    images = _normalise(AUGMENTATIONS[config["augment"]](pixels, config["dataset_entry"]["augment"], key), mean, std)
+    images = _normalise(AUGMENTATIONS[config["augment"]](pixels, config["dataset_entry"]["augment"], key, place), mean, std)
     if config["random_erasing"]:
-        images = _one_by_one(images, v2.RandomErasing(config["random_erasing"], value="random"), "random erasing", *key)
+        images = _one_by_one(images, v2.RandomErasing(config["random_erasing"], value="random"), place, "random erasing", *key)
     if config["hide_and_seek"]:
-        cells = torch.rand(len(images), 1, HIDE_GRID, HIDE_GRID, generator=chance(images.device, "hide", *key),
-                           device=images.device)
+        cells = _draws(place, len(images), HIDE_GRID**2, "hide", *key).to(images.device).view(-1, 1, HIDE_GRID, HIDE_GRID)
         images = images * F.interpolate((cells >= config["hide_and_seek"]).float(), images.shape[2:])
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -697,7 +866,8 @@ def mix(images, labels, classes, config, key):
             if config[name]]
     if not ways:
         return images, labels
-    with _seeded("mix", *key):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stable_seed("mix", *key))
         return v2.RandomChoice(ways)(images, labels)
 
 
@@ -708,7 +878,7 @@ class _Joined:
     """Images of a Dataset, then those in files: item i is (PIL image, None), as a torchvision dataset gives them."""
 
     def __init__(self, dataset, files):
-        self.dataset, self.files, self.in_memory = dataset, files, dataset.in_memory
+        self.dataset, self.files = dataset, files
 
     def __getitem__(self, index):
         own = len(self.dataset)
@@ -726,5 +896,9 @@ def with_erased(dataset, ids, sources, files, budget):
     copies = {source: f"erased copy of {source}" for source in sources}
     joined = Dataset(dataset.name, dataset.root, dataset.classes, [*dataset.ids, *copies.values()],
                      np.concatenate([dataset.labels, dataset.labels[[number[s] for s in sources]]]), _Joined(dataset, files))
+    if dataset.pixels is not None:
+        decoded = Decoded(joined, np.arange(len(dataset), len(joined)), dataset.pixels.size)
+        with ThreadPoolExecutor(HASH_THREADS) as pool:  # Pillow lets other threads run while it decodes
+            joined.pixels = Pixels(*dataset.pixels.arrays, np.stack(list(pool.map(decoded.pixels, range(len(decoded))))))
     ids = [copies.get(i, i) for i in ids] if budget == "equal" else [*ids, *copies.values()]
     return joined, ids, set(copies.values())

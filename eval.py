@@ -31,6 +31,7 @@ from PIL import Image, ImageOps
 from sklearn.metrics import (accuracy_score, balanced_accuracy_score, confusion_matrix, log_loss,
                              precision_recall_fscore_support, top_k_accuracy_score)
 
+import cache
 import cam
 import data
 import proxy
@@ -56,12 +57,21 @@ def predict(model, batches, mean, std, device, amp=None):
             logits.append(model(data.prepare(pixels, mean, std)).float())
         labels.append(targets.to(device))
     model.train(training)
+    if not labels:  # of several processes this one has no image
+        return torch.zeros(0, 1, device=device), torch.zeros(0, dtype=torch.long, device=device)
     return torch.cat(logits), torch.cat(labels)
 
 
-def batches_in_order(config, dataset, ids, device):
-    """Batches of the images `ids`, in their order."""
-    return data.Batches(dataset, ids, config["image_size"], config["batch_size"], device, decoding_workers(config))
+def batches_in_order(config, dataset, ids, device, **ranks):
+    """Batches of the images `ids`, in their order; of `rank` and `ranks` processes this one's share."""
+    return data.Batches(dataset, ids, config["image_size"], config["batch_size"], device, decoding_workers(config), **ranks)
+
+
+def open_pixels(config, dataset, build=True):
+    """Set `dataset.pixels` as --cache has it; returns what to say of it, or None."""
+    dataset.pixels, text = cache.open_pixels(dataset, config["image_size"], config["cache"], run.cache_folder(config),
+                                             decoding_workers(config), build)
+    return text
 
 
 def decoding_workers(config):
@@ -415,6 +425,8 @@ def finish(folder, dataset=None, device=torch.device("cpu")):
     """
     opened = run.open_run(folder)
     model = None
+    if dataset is not None and dataset.pixels is None:
+        open_pixels(opened.config, dataset, build=False)
     if not (opened.folder / "predictions.npz").exists():
         dataset = dataset or opened.dataset()
         model = opened.network().to(device)

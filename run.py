@@ -21,7 +21,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -32,10 +31,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+import cache
 import cam
 import data
 import proxy
-from data import UserError
+from data import UserError, cannot_write, sync_folder, write_atomically
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE / "configs.json"
@@ -92,6 +92,9 @@ SETTINGS = {
     "epochs": Setting(int, "passes over the training part", 1, 100_000),
     "batch_size": Setting(int, "images per step", 2, 65_536),
     "lr": Setting(float, "peak learning rate of the one-cycle schedule", TINY, 100),
+    "layer_decay": Setting(float, "each layer below the head learns this much slower than the one above (timm); 1 is off", TINY, 1),
+    "freeze": Setting(int, "epochs in which the head alone is trained, first", 0, 100_000),
+    "accumulate": Setting(int, "batches whose gradients are added up before each optimizer step", 1, 10_000),
     "weight_decay": Setting(float, "AdamW's, on matrices and kernels only", 0, 10),
     "clip": Setting(float, "largest norm of the gradient", TINY, 1e9),
     "augment": Setting(str, "what is done to training images; light: the dataset's flip, rotation and shift",
@@ -132,6 +135,12 @@ SETTINGS = {
                         "implementation, which leaks validation images into training", choices=("fixed", "resplit")),
     "device": Setting(str, "auto, cpu, cuda, cuda:1, mps"),
     "workers": Setting(int, "processes that decode images (null: one per core, 8 at most)", 0, 256, optional=True),
+    "cache": Setting(str, "decoded images are kept in a folder: this one; auto: .cache in --out, where they fit; off: decode them "
+                          "anew in every epoch"),
+    "compile": Setting(bool, "torch.compile the network"),
+    "checkpointing": Setting(bool, "compute activations twice rather than keep them, where timm's network can"),
+    "sync_bn": Setting(bool, "under torchrun: batch norm over the batches of all processes"),
+    "deterministic": Setting(bool, "the same bits on a GPU too, at some cost in speed"),
     "amp": Setting(str, "mixed precision; auto: bfloat16 or float16 as the GPU can, off on a CPU",
                    choices=("auto", "off", "bfloat16", "float16")),
     "out": Setting(str, "folder that the runs' folders go into"),
@@ -423,12 +432,11 @@ def _continue_from(model, config, classes):
     if opened.config["model_entry"] != config["model_entry"]:
         raise UserError(f"--init {opened.folder}: its network is --model {opened.config['model']}, not {config['model']}")
     found, own, old = load_checkpoint(opened.folder / "last.pt")["model"], model.state_dict(), opened.split["classes"]
-    with torch.device("meta"):  # what another number of classes changes is the head
-        larger = build_network(config, len(classes) + 1, pretrained=False)[0].state_dict()
+    head = head_names(config, model, len(classes))
     both = [c for c in classes if c in old]
     here, there = ([names.index(c) for c in both] for names in (classes, old))
     for name, tensor in own.items():
-        axis = next((i for i, (a, b) in enumerate(zip(tensor.shape, larger[name].shape)) if a != b), None)
+        axis = head.get(name)
         source = found.get(name)
         expected = list(tensor.shape)
         if axis is not None:
@@ -443,6 +451,15 @@ def _continue_from(model, config, classes):
     new = [c for c in classes if c not in old]
     return (f"starts from {opened.folder}; its head keeps {len(both)} of {len(classes)} classes"
             + (f", new are {', '.join(new[:10])}{' …' * (len(new) > 10)}" if new else ""))
+
+
+def head_names(config, model, classes):
+    """Names of the tensors whose shape depends on the number of classes: the head, or heads. -> {name: the axis that does}."""
+    with torch.device("meta"):
+        larger = build_network(config, classes + 1, pretrained=False)[0].state_dict()
+    axes = {name: [i for i, (a, b) in enumerate(zip(tensor.shape, larger[name].shape)) if a != b]
+            for name, tensor in model.state_dict().items()}
+    return {name: axis[0] for name, axis in axes.items() if axis}
 
 
 def _reach_hub(known, name):
@@ -587,47 +604,6 @@ def pick_amp(name, device):
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path, write, sync_folder=True):
-    """Call `write` with an open binary file that becomes `path` only when it is whole and on the disk.
-
-    sync_folder: whether its name is to be on the disk too; who writes many files to a folder syncs that once.
-    Raises UserError where the system cannot write.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{threading.get_ident()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        for reason in (error, error.__context__):  # torch's writer raises an error of its own over the system's
-            if isinstance(reason, OSError):
-                raise cannot_write(path, reason) from None
-        raise
-    if sync_folder:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder):
-    """Make sure that names just written to a folder are on the disk, where the system can."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def cannot_write(path, error):
-    """The message for a full disk, or a folder that is gone or closed to us."""
-    return UserError(f"{path}: cannot be written ({error.strerror or error}). Everything written before is intact: mend that, then go "
-                     "on with python train.py --resume and the run's folder")
 
 
 def write_json(path, value):
@@ -792,7 +768,7 @@ class ErasedRound:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise cannot_write(path, error) from None
-        write_atomically(path, lambda file: Image.fromarray(picture).save(file, **PICTURES[self.kind]), sync_folder=False)
+        write_atomically(path, lambda file: Image.fromarray(picture).save(file, **PICTURES[self.kind]), sync_name=False)
 
     def _settle(self):
         """Wait for the oldest batch, then record it."""
@@ -801,7 +777,7 @@ class ErasedRound:
             job.result()
         self._in_flight -= len(jobs)
         for folder in {(self.run_folder / row["file"]).parent for row in rows}:
-            _sync_folder(folder)
+            sync_folder(folder)
         try:
             with open(self.index, "ab") as file:
                 file.write(self._lines(rows))
@@ -883,6 +859,19 @@ def processor():
         return platform.processor()
 
 
+def cache_folder(config):
+    """Where decoded images and listings are kept: as the settings say, or beside the runs."""
+    return Path(config["out"]) / ".cache" if config["cache"] in ("auto", "off") else Path(config["cache"])
+
+
+def load_dataset(config):
+    """The dataset of a resolved config; its listing is kept in the cache, unless --cache off."""
+    given = config["dataset"], config["dataset_entry"], config["data_dir"]
+    if config["cache"] == "off":
+        return data.load_dataset(*given, config["classes"])
+    return cache.load_dataset(*given, cache_folder(config), config["classes"])
+
+
 @dataclass
 class Run:
     """An opened run's folder. `last.pt` and `best.pt` are read when they are asked for."""
@@ -900,8 +889,7 @@ class Run:
 
     def dataset(self):
         """The dataset that the run was made with; UserError where it is gone or its content has changed."""
-        dataset = data.load_dataset(self.config["dataset"], self.config["dataset_entry"], self.config["data_dir"],
-                                    self.config["classes"])
+        dataset = load_dataset(self.config)
         if dataset.fingerprint() != self.split["fingerprint"]:
             raise UserError(f"dataset {dataset.name} in {dataset.root} is not the one that {self.folder} was made with: "
                             "images, names or classes differ")

@@ -17,6 +17,7 @@ misled the trained network, then train again. Settings come from `configs.json`;
 import argparse
 import contextlib
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+import timm.layers
 import timm.optim
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import cam
 import data
+import distributed
 import eval as evaluation
 import proxy
 import run
@@ -54,77 +57,152 @@ class Stage(NamedTuple):
     copies: frozenset = frozenset()  # ids of training images that are erased copies
 
 
-def train(config, folder, dataset, split, model, device, stage):
-    """The loop: from the last checkpoint in `folder`, if there is one, to the end of the stage."""
-    amp, classes = run.pick_amp(config["amp"], device), len(dataset.classes)
+def train(config, folder, dataset, split, model, device, stage, stop):
+    """The loop: from the last checkpoint in `folder`, if there is one, to the end of the stage, or until a signal stops it."""
     batches, validation = open_batches(config, dataset, split, device)
-    mean, std = (t.to(device) for t in run.normalisation(config, model))
-
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(timm.optim.param_groups_weight_decay(model, config["weight_decay"]), lr=config["lr"])
-    steps = (stage.end - stage.start) * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config["lr"], pct_start=WARM_UP_SHARE,
-                                                   total_steps=max(FEWEST_STEPS, steps))
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    erases = config["cam"] != "none" and config["mode"] == "online"
-    explain = cam.CAM(model, config["cam"], config["layer"], config["smooth"]) if erases else None
+    t = set_up(config, model, device, len(dataset.classes), (stage.end - stage.start) * batches_to_steps(config, batches))
+    first_epoch, first_step, waiting, counts = load_last(folder, stage, t)
+    accuracies = [line["val_accuracy"] for line in run.read_log(folder)][:first_epoch]
+    place = (distributed.RANK * batches.order.batch_size, distributed.RANKS * batches.order.batch_size)
     seats = max(1, int((1 if config["same_step"] else config["share"]) * batches.order.batch_size))
-    first_epoch, waiting = load_last(folder, stage, model, optimizer, schedule, scaler, device)
-    accuracies = [line["val_accuracy"] for line in run.read_log(folder)]
 
+    stop.within_steps = True
     for epoch in range(first_epoch, stage.end):
         if round_ := new_split_at(config, epoch):
             split = draw_new_split(config, folder, dataset, split, round_)
             batches, validation = open_batches(config, dataset, split, device)
-        model.train()
-        batches.order.epoch = epoch
-        erasing = erases and proxy.is_on(config["schedule"], epoch, accuracies, config["warmup"])
-        counts = Counts(device)
-        for step, (pixels, labels) in enumerate(show(batches, epoch, stage, counts)):
+        t.begin_epoch(epoch)
+        batches.order.epoch, batches.order.start = epoch, first_step
+        erasing = t.explain is not None and proxy.is_on(config["schedule"], epoch, accuracies, config["warmup"])
+        counts = counts or Counts(device)
+        for step, (pixels, labels) in enumerate(show(batches, epoch, stage, counts), first_step):
             # Order, augmentation and dropout follow from (seed, epoch, step) alone, whatever was drawn before.
             key = (config["seed"], epoch, step)
-            torch.manual_seed(data.stable_seed("step", *key))
-            images = data.augment(pixels, mean, std, config, key)
-            images, labels = data.mix(images, labels, classes, config, key)
+            torch.manual_seed(data.stable_seed("step", *key, *[distributed.RANK] * (distributed.RANK > 0)))
+            images = data.augment(pixels, t.mean, t.std, config, key, place)
+            images, labels = data.mix(images, labels, len(dataset.classes), config, key)
             fresh = torch.ones(len(labels), dtype=torch.bool, device=device)
             if waiting is not None:
                 images, labels, fresh = proxy.seat(images, labels, waiting, config["budget"])
                 waiting = None
 
-            with explain if erasing else contextlib.nullcontext():
-                logits, loss = forward(model, images, labels, amp)
+            with t.explain if erasing else contextlib.nullcontext():
+                logits, loss = forward(t.network, images, labels, t.amp)
                 counts.look(logits, labels, fresh)
                 if erasing:
                     with counts.timing_cam():
                         rows, chosen = proxy.select(config["select"], logits, labels, fresh, seats, key, config["subset"],
                                                     config["control"])
-                        waiting, *_ = proxy.erased_copies(config, explain, images, labels, logits, fresh, rows, chosen,
-                                                          (mean, std), key)
+                        waiting, *_ = proxy.erased_copies(config, t.explain, images, labels, logits, fresh, rows, chosen,
+                                                          (t.mean, t.std), key)
             if erasing and config["same_step"]:
                 del logits, loss  # the first pass was for the heat alone
                 images, labels, fresh = proxy.join(images, labels, rows, waiting, config["budget"])
-                logits, loss = forward(model, images, labels, amp)
+                logits, loss = forward(t.network, images, labels, t.amp)
                 counts.second_pass_images += len(labels)
                 waiting = None
 
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            counts.add(loss, fresh)
+            whole = t.backward(loss, step, len(batches))
+            counts.add(loss, fresh, whole)
+            if whole and (number := stop.asked()):
+                save_last(folder, t, epoch, step + 1, waiting, counts)
+                raise distributed.Stopped(number)
 
-        line = {"epoch": epoch + 1, "lr": schedule.get_last_lr()[0], **counts.totals(),
-                **validate(model, validation, mean, std, device, amp), **memory(device)}
+        line = {"epoch": epoch + 1, "lr": t.schedule.get_last_lr()[0], **counts.totals(distributed.everyone),
+                **validate(t, validation), **memory(device)}
         if config["mode"] == "staged":
             line |= {"round": stage.round, "erased_images": sum(split["train"][i] in stage.copies for i in batches.seen())}
         if config["protocol"] == "resplit":
             line["warning"] = evaluation.LEAK
-        finish_epoch(folder, line, waiting, model, optimizer, schedule, scaler)
+        first_step, counts = 0, None
+        finish_epoch(folder, line, waiting, t)
         accuracies.append(line["val_accuracy"])
         print_epoch(line, stage)
+    stop.leave_steps()
+
+
+class Training:
+    """What the steps of a stage work with: network, optimizer, learning rate, and the heat.
+
+    model: the network itself; network: what a step calls, which is the model, compiled or shared between processes as the settings say.
+    """
+
+    def __init__(self, config, model, device, classes, steps):
+        self.config, self.model, self.device = config, model, device
+        self.amp = run.pick_amp(config["amp"], device)
+        self.mean, self.std = (t.to(device) for t in run.normalisation(config, model))
+        self.head = run.head_names(config, model, classes) if config["freeze"] else {}
+        model.to(device, memory_format=torch.channels_last)
+        groups = parameter_groups(config, model)
+        self.optimizer = torch.optim.AdamW(groups, lr=config["lr"], fused=device.type in ("cpu", "cuda"))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, [config["lr"] * group.get("lr_scale", 1) for group in groups], pct_start=WARM_UP_SHARE,
+            total_steps=max(FEWEST_STEPS, steps))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
+        erases = config["cam"] != "none" and config["mode"] == "online"
+        self.explain = self.network = self.frozen = None
+        if erases:
+            self.explain = cam.CAM(model, config["cam"], config["layer"], config["smooth"], compiled=config["compile"])
+
+    def begin_epoch(self, epoch):
+        """Training mode; while --freeze lasts only for the head, the rest keeping also its batch statistics."""
+        frozen = epoch < self.config["freeze"]
+        if frozen is not self.frozen:
+            self.frozen = frozen
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(not frozen or name in self.head)
+            self.network = distributed.wrap(self.model, self.device)
+            if self.config["compile"]:
+                self.network = torch.compile(self.network)
+        self.model.train(not frozen)
+
+    def backward(self, loss, step, steps):
+        """Gradients of one batch, and after every --accumulate-th the optimizer's step. Returns whether there was one."""
+        every = self.config["accumulate"]
+        together = min(every, steps - step // every * every)  # the last ones of an epoch may be fewer
+        whole = (step + 1) % every == 0 or step + 1 == steps
+        with contextlib.nullcontext() if whole or distributed.RANKS == 1 else self.network.no_sync():
+            self.scaler.scale(loss / together).backward()
+        if whole:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config["clip"])
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.schedule.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return whole
+
+
+def set_up(config, model, device, classes, steps):
+    """`Training`, after the switches that are torch's own and not the network's."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = not config["deterministic"]
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config["deterministic"])
+    if config["checkpointing"]:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError):
+            raise UserError(f"--checkpointing: timm does not offer it for {config['model']}; leave it out") from None
+    if config["sync_bn"] and distributed.RANKS > 1:
+        if device.type != "cuda":
+            raise UserError("--sync-bn: torch has it for GPUs alone; leave it out")
+        timm.layers.convert_sync_batchnorm(model)
+    return Training(config, model, device, classes, steps)
+
+
+def parameter_groups(config, model):
+    """Parameters for AdamW: no decay of norms and biases, and under --layer-decay each layer at its own pace."""
+    if config["layer_decay"] < 1:
+        return timm.optim.param_groups_layer_decay(model, config["weight_decay"], layer_decay=config["layer_decay"])
+    return timm.optim.param_groups_weight_decay(model, config["weight_decay"])
+
+
+def batches_to_steps(config, batches):
+    """Optimizer steps of an epoch."""
+    return -(-len(batches) // config["accumulate"])
 
 
 def forward(model, images, labels, amp):
@@ -135,25 +213,32 @@ def forward(model, images, labels, amp):
 
 
 def open_batches(config, dataset, split, device):
-    """Training batches, shuffled, and validation batches, in order."""
+    """This process's share of the training batches, shuffled, and of the validation batches, in order."""
+    ranks = {"rank": distributed.RANK, "ranks": distributed.RANKS}
     training = data.Batches(dataset, split["train"], config["image_size"], config["batch_size"], device,
-                            evaluation.decoding_workers(config), seed=config["seed"])
-    return training, evaluation.batches_in_order(config, dataset, split["val"], device)
+                            evaluation.decoding_workers(config), seed=config["seed"], **ranks)
+    return training, evaluation.batches_in_order(config, dataset, split["val"], device, **ranks)
 
 
-def validate(model, batches, mean, std, device, amp):
-    """Loss and accuracy on the validation part, and the seconds that took."""
+def validate(t, batches):
+    """Loss and accuracy on the validation part, each image once over all processes, and the seconds that took."""
     start = time.perf_counter()
-    logits, labels = evaluation.predict(model, batches, mean, std, device, amp)
-    loss, accuracy = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-    return {"val_loss": loss, "val_accuracy": accuracy, "eval_seconds": time.perf_counter() - start}
+    logits, labels = evaluation.predict(t.model, batches, t.mean, t.std, t.device, t.amp)
+    found = [F.cross_entropy(logits, labels, reduction="sum").item() if len(labels) else 0.0,
+             (logits.argmax(1) == labels).sum().item(), len(labels)]
+    loss, right, count = map(sum, zip(*distributed.everyone(found)))
+    return {"val_loss": loss / count, "val_accuracy": right / count, "eval_seconds": time.perf_counter() - start}
 
 
 class Counts:
     """What an epoch adds up to. It is summed on the device, which is asked for it at the display's pace and at the end."""
 
-    def __init__(self, device):
-        self.device = device
+    ADDED = ("loss", "fresh", "wrong", "erased_images", "images_seen", "second_pass_images")  # over all processes
+    SHARED = ("optimizer_steps", "train_seconds", "cam_seconds")  # these pass for all at the same time
+
+    def __init__(self, device, before=None):
+        """before: what `raw` gave of the same epoch, in a process that was stopped."""
+        self.device, self.before = device, before or dict.fromkeys((*self.ADDED, *self.SHARED), 0)
         self.sums = torch.zeros(4, device=device)  # loss times images, fresh images, those misled, erased images
         self.images, self.second_pass_images, self.steps, self.start = 0, 0, 0, time.perf_counter()
         self.cam_seconds, self.cam_events = 0.0, []
@@ -162,10 +247,10 @@ class Counts:
         """What the network says of the images that come as they are."""
         self.sums[1:3] += torch.stack([fresh.sum(), (proxy.wrong(logits.detach(), labels) & fresh).sum()])
 
-    def add(self, loss, fresh):
-        """A step, and the images that it trained on."""
+    def add(self, loss, fresh, whole):
+        """The images that a batch trained on; whole: it ended with an optimizer step."""
         self.sums[::3] += torch.stack([loss.detach() * len(fresh), (~fresh).sum()])
-        self.images, self.steps = self.images + len(fresh), self.steps + 1
+        self.images, self.steps = self.images + len(fresh), self.steps + whole
 
     @contextlib.contextmanager
     def timing_cam(self):
@@ -181,59 +266,86 @@ class Counts:
             yield
             self.cam_seconds += time.perf_counter() - start
 
-    def totals(self):
-        """The epoch's share of a line of `log.jsonl`; waits for the device."""
-        loss, fresh, wrong, erased = self.sums.tolist()
-        seconds = time.perf_counter() - self.start
+    def raw(self, everyone=lambda value: [value]):
+        """The numbers so far, of this process or of `everyone`; waits for the device."""
+        sums = self.sums.tolist()
         cam_seconds = self.cam_seconds + sum(start.elapsed_time(end) for start, end in self.cam_events) / 1000
-        return {"train_loss": loss / max(self.images, 1), "train_accuracy": 1 - wrong / max(fresh, 1),
-                "misled": wrong / max(fresh, 1), "erased_images": int(erased), "images_seen": self.images,
-                "second_pass_images": self.second_pass_images, "optimizer_steps": self.steps, "train_seconds": seconds, "cam_seconds": cam_seconds}
+        own = [*sums, self.images, self.second_pass_images, self.steps, time.perf_counter() - self.start, cam_seconds]
+        own = {key: self.before[key] + value for key, value in zip((*self.ADDED, *self.SHARED), own)}
+        ranks = everyone(own)
+        return {key: (sum if key in self.ADDED else max)(each[key] for each in ranks) for key in own}
+
+    def totals(self, everyone=lambda value: [value]):
+        """The epoch's share of a line of `log.jsonl`."""
+        raw = self.raw(everyone)
+        loss, fresh, wrong = (raw.pop(key) for key in ("loss", "fresh", "wrong"))
+        raw["erased_images"] = int(raw["erased_images"])
+        return {"train_loss": loss / max(raw["images_seen"], 1), "train_accuracy": 1 - wrong / max(fresh, 1),
+                "misled": wrong / max(fresh, 1), **raw}
 
 
 def memory(device):
-    """Peak memory so far and memory held now in MB (2^20 bytes): of this process, and of the GPU where there is one."""
+    """Peak memory so far and memory held now in MB (2^20 bytes): of a process, and of its GPU where it has one; of
+    several processes the largest."""
     host = None
     if resource:
         unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
         host = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
     gpu = device.type == "cuda"
-    return {"peak_gpu_allocated_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if gpu else None,
-            "peak_gpu_reserved_mb": round(torch.cuda.max_memory_reserved(device) / 2**20, 1) if gpu else None,
-            "peak_host_mb": host, "held_mb": run.held_mb(device)}
+    own = {"peak_gpu_allocated_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if gpu else None,
+           "peak_gpu_reserved_mb": round(torch.cuda.max_memory_reserved(device) / 2**20, 1) if gpu else None,
+           "peak_host_mb": host, "held_mb": run.held_mb(device)}
+    return {key: max((each[key] for each in distributed.everyone(own) if each[key] is not None), default=None) for key in own}
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def finish_epoch(folder, line, waiting, model, optimizer, schedule, scaler):
+def finish_epoch(folder, line, waiting, t):
     """Log line, best.pt if this was the best epoch, last.pt: in this order, so that a crash in between repeats the epoch."""
-    run.append_line(folder / "log.jsonl", line)
-    if evaluation.best_epoch(run.read_log(folder)) == line["epoch"]:
-        run.save_checkpoint(folder / "best.pt", {"epoch": line["epoch"], "model": model.state_dict()})
-    run.save_checkpoint(folder / "last.pt", {
-        "epoch": line["epoch"], "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(), "scaler": scaler.state_dict(),
-        "waiting": None if waiting is None else waiting._asdict()})
+    if distributed.RANK == 0:
+        run.append_line(folder / "log.jsonl", line)
+        if evaluation.best_epoch(run.read_log(folder)) == line["epoch"]:
+            run.save_checkpoint(folder / "best.pt", {"epoch": line["epoch"], "model": t.model.state_dict()})
+    save_last(folder, t, line["epoch"], 0, waiting)
 
 
-def load_last(folder, stage, model, optimizer, schedule, scaler, device):
+def save_last(folder, t, epoch, step, waiting, counts=None):
+    """`last.pt`: all that the run goes on with after `epoch` whole epochs and `step` batches. Of all ranks, with what waits on each."""
+    waiting = distributed.everyone(None if waiting is None else [part.cpu() for part in waiting])
+    counts = None if counts is None else counts.raw(distributed.everyone)
+    if distributed.RANK == 0:
+        waiting = [part for part in waiting if part is not None]
+        run.save_checkpoint(folder / "last.pt", {
+            "epoch": epoch, "step": step, "model": t.model.state_dict(), "optimizer": t.optimizer.state_dict(),
+            "schedule": t.schedule.state_dict(), "scaler": t.scaler.state_dict(), "counts": counts,
+            "waiting": [torch.cat(parts) for parts in zip(*waiting)] if waiting else None})
+
+
+def load_last(folder, stage, t):
     """Restore `last.pt` where there is one; at the start of a later stage its weights alone.
 
-    Returns the number of finished epochs and the images that wait.
+    Returns the finished epochs, the batches after them, the images that wait for this process, and the epoch's counts so far or None.
     """
     if not (folder / "last.pt").exists():
-        run.cut_log(folder, 0)
-        return 0, None
-    state = run.load_checkpoint(folder / "last.pt", device)
-    run.cut_log(folder, state["epoch"])
-    model.load_state_dict(state["model"])
-    if state["epoch"] == stage.start:
-        return state["epoch"], None
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    scaler.load_state_dict(state["scaler"])
-    return state["epoch"], None if state["waiting"] is None else proxy.Waiting(**state["waiting"])
+        if distributed.RANK == 0:
+            run.cut_log(folder, 0)
+        return 0, 0, None, None
+    state = run.load_checkpoint(folder / "last.pt", t.device)
+    if distributed.RANK == 0:
+        run.cut_log(folder, state["epoch"])
+    t.model.load_state_dict(state["model"])
+    if (state["epoch"], state["step"]) == (stage.start, 0):
+        return state["epoch"], 0, None, None
+    t.optimizer.load_state_dict(state["optimizer"])
+    t.schedule.load_state_dict(state["schedule"])
+    t.scaler.load_state_dict(state["scaler"])
+    waiting, counts = state["waiting"], None
+    if waiting is not None:  # there may be another number of processes now
+        waiting = proxy.Waiting(*(part.tensor_split(distributed.RANKS)[distributed.RANK] for part in waiting))
+    if state["counts"] is not None:
+        counts = Counts(t.device, state["counts"] if distributed.RANK == 0 else None)
+    return state["epoch"], state["step"], waiting, counts
 
 
 # --- the published protocol ----------------------------------------------------------------------------------------
@@ -250,7 +362,8 @@ def new_split_at(config, epoch):
 def draw_new_split(config, folder, dataset, split, number):
     """Training and validation images dealt out anew, in memory and in the run's folder."""
     split = data.redraw(dataset, split, config["seed"], number)
-    write_split(folder, dataset, split)
+    if distributed.RANK == 0:
+        write_split(folder, dataset, split)
     console.print(f"new split {number}: {evaluation.LEAK}", soft_wrap=True)
     return split
 
@@ -263,7 +376,7 @@ def write_split(folder, dataset, split):
 # --- the staged pipeline -------------------------------------------------------------------------------------------
 
 
-def staged(config, folder, dataset, split, device):
+def staged(config, folder, dataset, split, device, stop):
     """The method as first proposed: stage 1 trains; each round then erases what misled the saved network, and trains again.
 
     Each stage opens what the one before saved, and what it held is released at its end. A stage that is in `stages.jsonl` is done.
@@ -275,7 +388,7 @@ def staged(config, folder, dataset, split, device):
         stage = Stage(start, end, round_)
         if round_ == 0:
             if (0, 1) not in done:
-                run_stage(folder, device, round_, 1, train_stage, config, folder, dataset, split, device, stage)
+                run_stage(folder, device, round_, 1, train_stage, config, folder, dataset, split, device, stage, stop)
             continue
         accuracy, target = run.read_log(folder)[start - 1]["val_accuracy"], config["target_accuracy"]
         if target is not None and accuracy >= target:
@@ -293,7 +406,7 @@ def staged(config, folder, dataset, split, device):
             sources, files = [row["source"] for row in found], [str(folder / row["file"]) for row in found]
             joined, ids, copies = data.with_erased(dataset, split["train"], sources, files, config["budget"])
             run_stage(folder, device, round_, 3, train_stage, config, folder, joined, {**split, "train": ids}, device,
-                      stage._replace(copies=frozenset(copies)))
+                      stage._replace(copies=frozenset(copies)), stop)
     say_end(folder, done, len(ends) - 1, "all rounds are done")
 
 
@@ -315,9 +428,9 @@ def say_end(folder, done, round_, reason):
     console.print(f"ended in round {round_}: {reason}", soft_wrap=True)
 
 
-def train_stage(config, folder, dataset, split, device, stage):
+def train_stage(config, folder, dataset, split, device, stage, stop):
     """Stages 1 and 3: train, from what was saved."""
-    train(config, folder, dataset, split, open_network(config, folder, dataset), device, stage)
+    train(config, folder, dataset, split, open_network(config, folder, dataset), device, stage, stop)
     return {"held_mb": run.read_log(folder)[-1]["held_mb"]}
 
 
@@ -373,7 +486,7 @@ def rank_images(config, dataset, ids, model, mean, std, device, amp):
 
 # --- what is shown -------------------------------------------------------------------------------------------------
 
-console = Console(highlight=False)
+console = Console(highlight=False, quiet=distributed.RANK > 0)
 
 
 def progress(batches, text):
@@ -390,7 +503,7 @@ def show(batches, epoch, stage, counts):
                TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=console, transient=True) as bar:
         steps = len(batches)  # the bar and the time left are the stage's, not the epoch's
-        task = bar.add_task("", total=(stage.end - stage.start) * steps, completed=(epoch - stage.start) * steps, state="",
+        task = bar.add_task("", total=(stage.end - stage.start) * steps, completed=(epoch - stage.start) * steps + batches.order.start, state="",
                                  epoch=f"{epoch + 1}/{stage.end}")
         shown = time.perf_counter()
         for batch in batches:
@@ -479,7 +592,7 @@ def start(options, dry_run, show_sheet):
     """A new run: everything is loaded and checked before its folder is made. Returns what `main` goes on with, or None."""
     config = run.resolve(run.read_configs(), options)
     device = run.pick_device(config["device"])
-    dataset = data.load_dataset(config["dataset"], config["dataset_entry"], config["data_dir"], config["classes"])
+    dataset = run.load_dataset(config)
     split = the_split(config, dataset)
     model, text = run.first_network(config, dataset.classes)
     layer, grid = run.try_network(config, model)
@@ -535,13 +648,49 @@ def make_folder(config):
 def resume(folder, options):
     """An interrupted run: what it was made with, checked to be still there. Returns what `main` goes on with."""
     opened = run.open_run(folder)
-    other = [key for key in options if key not in ("device", "workers")]
+    other = [key for key in options if key not in ("device", "workers", "cache")]
     if other:
         raise UserError(f"--resume goes on with the settings of {folder}: leave out --{other[0].replace('_', '-')}, "
                         "or start a new run")
-    run.sweep(opened.folder)
+    if distributed.RANK == 0:
+        run.sweep(opened.folder)
     config = opened.config | options
     return config, opened.folder, opened.dataset(), opened.split, None, run.pick_device(config["device"])
+
+
+def start_together(options, other):
+    """`start` or `resume`; of several processes rank 0 makes the run, and the others open it."""
+    options["device"] = distributed.start(options.get("device", "auto"))
+    if other["resume"] or distributed.RANKS == 1:
+        return resume(other["resume"], options) if other["resume"] else start(options, other["dry_run"], other["show"])
+    if other["dry_run"]:
+        raise UserError("--dry-run: leave torchrun out")
+    config = run.resolve(run.read_configs(), options)
+    if config["mode"] == "staged":
+        raise UserError("--mode staged runs in one process: leave torchrun out")
+    if config["batch_size"] % distributed.RANKS:
+        raise UserError(f"--batch-size {config['batch_size']}: {distributed.RANKS} processes cannot share it evenly")
+    ready = []
+
+    def first():
+        folder = interrupted_run(config) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
+        ready.append(resume(folder, {}) if folder else start(options, False, False))
+        return str(ready[0][1])
+
+    folder = distributed.from_first(first)
+    return ready[0] if ready else resume(folder, {"device": options["device"]})
+
+
+def interrupted_run(config):
+    """The folder of an unfinished run with these very settings, the newest, or None: what torchrun restarts goes on with it."""
+    found = []
+    for path in Path(config["out"]).glob("*/config.json"):
+        with contextlib.suppress(UserError):
+            there = run.open_run(path.parent).config
+            same = all(there.get(key) == value for key, value in config.items() if key not in ("name", "layer", "device"))
+            if same and not (path.parent / "metrics.json").exists():
+                found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
 
 
 def open_network(config, folder, dataset):
@@ -553,34 +702,67 @@ def open_network(config, folder, dataset):
 
 
 def main(arguments=None):
-    """The command line; returns the exit status: 2 for what the user can mend, 130 when interrupted."""
-    folder = None
+    """The command line; returns the exit status: 2 for what the user can mend, 128 and the signal's number when stopped by one."""
+    ready, folder, stop = None, None, distributed.Stop()
     try:
         options, other = parse(arguments)
-        ready = resume(other["resume"], options) if other["resume"] else start(options, other["dry_run"], other["show"])
+        ready = start_together(options, other)
         if ready is None:
             return 0
-        config, folder, dataset, split, model, device = ready
-        if config["protocol"] == "resplit":
-            console.print(f"--protocol resplit: {evaluation.LEAK}", soft_wrap=True)
-        if config["mode"] == "staged":
-            del model, ready
-            staged(config, folder, dataset, split, device)
-        else:
-            train(config, folder, dataset, split, model or open_network(config, folder, dataset), device,
-                  Stage(0, config["epochs"]))
-            del model, ready
-        result = evaluation.finish(folder, dataset, device)
+        folder = ready[1]
+        run_to_its_end(*ready, stop)
+        if distributed.RANK:
+            return 0
+        result = evaluation.finish(folder, ready[2], ready[5])
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if distributed.RANK == 0:
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if ready is None or not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"train.py: {out_of_memory(ready[0], folder, ready[5])}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, distributed.Stopped) as stopped:
         where = f"; go on with python train.py --resume {folder}" if folder else ""
-        print(f"\ntrain.py: interrupted{where}", file=sys.stderr)
-        return 130
+        if distributed.RANK == 0:
+            print(f"\ntrain.py: interrupted{where}", file=sys.stderr)
+        return 128 + getattr(stopped, "signal", 2)
+    finally:
+        stop.end()
+        distributed.end()
     print(f"\n{evaluation.describe(folder, result)}\n\nLook at {folder}/sheet.png and curves.png; "
           f"print this again with python eval.py {folder}")
     return 0
+
+
+def run_to_its_end(config, folder, dataset, split, model, device, stop):
+    """Train, online or staged, from wherever the run stands."""
+    if config["protocol"] == "resplit":
+        console.print(f"--protocol resplit: {evaluation.LEAK}", soft_wrap=True)
+    text = distributed.from_first(evaluation.open_pixels, config, dataset) if dataset.pixels is None else None
+    if distributed.RANK:
+        evaluation.open_pixels(config, dataset, build=False)
+    if text:
+        console.print(text, markup=False, soft_wrap=True)
+    if config["mode"] == "staged":
+        del model
+        staged(config, folder, dataset, split, device, stop)
+    else:
+        train(config, folder, dataset, split, model or open_network(config, folder, dataset), device, Stage(0, config["epochs"]),
+              stop)
+
+
+def out_of_memory(config, folder, device):
+    """The message for a batch that does not fit, with what was used and what would fit."""
+    gpu = device.type == "cuda"
+    used = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f} GiB" if gpu \
+        else "all there is"
+    half, ways = max(2, config["batch_size"] // 2), []
+    ways.append(f"--batch-size {half} --accumulate {2 * config['accumulate']}")
+    ways += ["--amp auto"] * (gpu and config["amp"] == "off") + ["--checkpointing"] * (not config["checkpointing"])
+    return (f"out of memory on {device}: {config['model']} with batches of {config['batch_size']} images of {config['image_size']} pixels "
+            f"used {used}. Start anew with {', or '.join(ways)}; what {folder} has is intact")
 
 
 if __name__ == "__main__":

@@ -333,6 +333,16 @@ def test_augmentation_follows_from_its_key_and_differs_by_image(settings):
     assert torch.equal(torch.rand(1), expected)  # dropout's draws are left alone
 
 
+@pytest.mark.parametrize("settings", [{"augment": "light"}, {"augment": "trivialaugment"}, {"random_erasing": 0.9}, {"hide_and_seek": 0.5}])
+def test_an_image_is_augmented_alike_whether_its_batch_is_shared_or_not(settings):
+    config = {"augment": "none", "random_erasing": 0, "hide_and_seek": 0, **settings}
+    config["dataset_entry"] = {"augment": {"flip": True, "rotate": 10, "shift": 0.1}}
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    whole = data.augment(pixels, MEAN, STD, config, (0, 1, 2))
+    shares = [data.augment(pixels[i:i + 4], MEAN, STD, config, (0, 1, 2), (i, 8)) for i in (0, 4)]
+    assert torch.allclose(torch.cat(shares), whole, atol=1e-5)
+
+
 def test_without_augmentation_images_are_only_normalised():
     assert torch.equal(augmented(alike()), data.prepare(alike(), MEAN, STD))
     torch.testing.assert_close(data.prepare(alike(), MEAN, STD), (alike() / 255 - 0.5) / 0.25)
@@ -354,11 +364,12 @@ def test_the_policies_are_torchvisions_on_each_image_alone(name, policy):
     from torchvision.transforms import v2
 
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    transform, expected = getattr(v2, policy)(fill=128), []
     with torch.random.fork_rng():
-        torch.manual_seed(data.stable_seed("augment", 0, 1, 2))
-        transform = getattr(v2, policy)(fill=128)
-        expected = data.prepare(torch.stack([transform(image) for image in pixels]), MEAN, STD)
-    assert torch.equal(augmented(pixels, augment=name), expected)
+        for number, image in enumerate(pixels):
+            torch.manual_seed(data.stable_seed("augment", 0, 1, 2, number))
+            expected.append(transform(image))
+    assert torch.equal(augmented(pixels, augment=name), data.prepare(torch.stack(expected), MEAN, STD))
 
 
 def test_random_erasing_puts_noise_into_a_rectangle_of_that_share_of_images():

@@ -1,0 +1,120 @@
+"""Several processes that train one network, and the signals that end a run. With one process everything here is a matter of course.
+
+    torchrun --nproc-per-node 4 train.py --dataset places --model resnet50
+
+torchrun starts the processes and tells each its rank; `start` joins them (NCCL on GPUs, gloo on CPUs). Each rank takes its part of every
+batch, `DistributedDataParallel` averages the gradients, and rank 0 alone writes.
+"""
+
+import datetime
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from data import UserError
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may decode a whole dataset before the others hear of it again
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+def start(device):
+    """Join the other processes, if there are any. device: the setting; `auto` gives each process a GPU of its own. Returns the setting."""
+    if RANKS == 1:
+        return device
+    if device == "auto" and torch.cuda.is_available():
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise UserError(f"torchrun --nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs here")
+        device = f"cuda:{LOCAL_RANK}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    return device
+
+
+def end():
+    if RANKS > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def everyone(value):
+    """The values of all ranks, in their order, on every rank. They are pickled: small ones, and not within a step."""
+    if RANKS == 1:
+        return [value]
+    values = [None] * RANKS
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(function, *arguments):
+    """What rank 0 gets from the function, on every rank; the UserError that it raises is raised everywhere."""
+    if RANKS == 1:
+        return function(*arguments)
+    answer = [None, None]
+    if RANK == 0:
+        try:
+            answer = [function(*arguments), None]
+        except UserError as error:
+            answer = [None, str(error)]
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def wrap(model, device):
+    """The model as the ranks train it together, with gradients averaged."""
+    if RANKS == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+class Stopped(Exception):
+    """A signal ended the run; `signal` is its number."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = number
+
+
+class Stop:
+    """Ends a run between two steps when a signal asks for it, and at once where no steps are taken; a second signal ends it anyway.
+
+    The ranks hear of it at different moments and must stop after the same step: each step tells the others, and asks for
+    what they said the step before, so that nobody waits for the answer.
+    """
+
+    def __init__(self):
+        self.signal, self.within_steps, self._said = 0, False, None
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+
+    def _hear(self, number, frame):
+        if self.signal or not self.within_steps:
+            raise Stopped(number)
+        self.signal = number
+
+    def asked(self):
+        """The signal that ends the run after this step, or 0: the same answer on every rank."""
+        if RANKS == 1:
+            return self.signal
+        flag = torch.tensor([self.signal])
+        before, self._said = self._said, (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
+
+    def leave_steps(self):
+        """From here on a signal ends the run at once; one that came too late for a step does so now."""
+        self.within_steps, self._said = False, None
+        if self.signal:
+            raise Stopped(self.signal)
+
+    def end(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
