@@ -2,6 +2,9 @@
 
     python bench.py cam                                   # heat: ours within a step and alone, and the libraries'
     python bench.py cam --models resnet18 vit_small --rounds 15 --batch-size 16
+    python bench.py step                                  # a training step with Proxy Attention beside one without, and beside the peers
+    python bench.py input --models resnet18               # decoded images from the cache, beside one batch that is there already
+    python bench.py train --models resnet18               # whole epochs, beside timm's building blocks driven plainly
     python bench.py compile --models resnet18             # what the graph break of a hook costs a compiled step
     python bench.py staged --models resnet18              # finding, explaining, erasing and saving, beside a plain evaluation pass
     python bench.py leak                                  # what a new split at each proxy round adds to validation accuracy
@@ -24,12 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import timm
+import timm.data
+import timm.optim
+import timm.utils
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import cam
+import data
 import eval as evaluation
+import proxy
 import run
 import train
 from data import UserError
@@ -190,6 +198,167 @@ def bench_compile(options):
               + "".join(f"{times[n] / times['compiled']:16.3f}" for n in ("hook", "heat")), flush=True)
 
 
+STEP_MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small"]
+MISLED = (0.0, 0.1, 1.0)
+
+
+def bench_step(options):
+    """A training step: plain; with Proxy Attention at either budget; with the library's maps; with a forward pass of its own for the heat.
+
+    Which images count as misled is forced, for 0, 10 and 100% of the batch; erased images take up to half of the seats, as by default.
+    """
+    device = run.pick_device(options.device)
+    names = ["plain", "equal", "extra", "second pass", "library"]
+    print(f"{describe_machine(device)}\nbatch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
+          f"{options.methods[0]}, medians of {options.rounds} rounds, milliseconds; then as multiples of plain\n\n"
+          f"{'network':16}{'misled':>8}" + "".join(f"{n:>13}" for n in names) + "".join(f"{n + '/':>13}" for n in names[1:])
+          + f"{'equal memory':>14}")
+    for short in options.models:
+        model, images = network_and_images(short, options, device)
+        labels = torch.arange(len(images), device=device) % 10
+        for share in MISLED:
+            steps = {name: step_of(name, model, images, labels, share, options, device) for name in names}
+            steps = {name: step for name, step in steps.items() if step}
+            times = medians(steps, options.rounds, device)
+            memory = peak_bytes(steps["equal"], device) / peak_bytes(steps["plain"], device)
+            print(f"{short:16}{share:8.0%}" + "".join(f"{times[n]:13.1f}" if n in times else f"{'-':>13}" for n in names)
+                  + "".join(f"{times[n] / times['plain']:13.3f}" if n in times else f"{'-':>13}" for n in names[1:])
+                  + f"{memory:14.3f}", flush=True)
+
+
+def step_of(name, model, images, labels, share, options, device):
+    """A function that makes one training step of a kind; None for the library where it is not installed."""
+    config = run.resolve(run.read_configs(), {"dataset": "folder", "data_dir": ".", "budget": "extra" if name == "extra" else "equal"})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12, fused=device.type in ("cpu", "cuda"))
+    mean = torch.zeros(1, 3, 1, 1, device=device)
+    explain, waiting, seats = cam.CAM(model, options.methods[0]), [None], max(1, len(images) // 2)
+    number = round(share * len(images))
+    proxy.SELECTIONS["forced"] = lambda logits, labels, draw: (torch.arange(len(draw), device=draw.device) < proxy.forced, draw)
+
+    def erase(batch, targets, logits, fresh, places):
+        proxy.forced = number
+        rows, chosen = proxy.select("forced", logits, targets, fresh, places, (0,))
+        return rows, proxy.erased_copies(config, explain, batch, targets, logits, fresh, rows, chosen, (mean, mean + 1), (0,))[0]
+
+    def finish(loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def plain():
+        model.train()
+        finish(F.cross_entropy(model(images), labels))
+
+    def ours():
+        model.train()
+        batch, targets, fresh = images, labels, torch.ones_like(labels, dtype=torch.bool)
+        if waiting[0] is not None:
+            batch, targets, fresh = proxy.seat(images, labels, waiting[0], config["budget"])
+        with explain:
+            logits = model(batch)
+            loss = F.cross_entropy(logits, targets)
+            _, waiting[0] = erase(batch, targets, logits, fresh, seats)
+        finish(loss)
+
+    def second_pass():
+        model.train()
+        fresh = torch.ones_like(labels, dtype=torch.bool)
+        with explain:
+            rows, copies = erase(images, labels, model(images), fresh, len(labels))
+        batch, targets, _ = proxy.join(images, labels, rows, copies, "equal")
+        finish(F.cross_entropy(model(batch), targets))
+
+    with explain, torch.no_grad():
+        model(images[:2])  # fixes the layer
+    if name != "library":
+        return {"plain": plain, "equal": ours, "extra": ours, "second pass": second_pass}[name]
+    maps = cam_libraries().get("grad-cam")
+    if maps is None:
+        return None
+
+    def library():
+        if number:
+            maps(model, images[:number], labels[:number], options.methods[0], explain)()
+        plain()
+
+    return library
+
+
+def bench_input(options):
+    """The same training steps on images from the cache, from files, and on one batch that is there already; images per second."""
+    device = run.pick_device(options.device)
+    print(f"{describe_machine(device)}\n{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, no Proxy "
+          f"Attention, medians of {options.rounds} epochs, images per second\n\n{'network':16}{'one batch':>12}{'cache':>12}{'files':>12}"
+          f"{'cache/one':>12}{'files/one':>12}")
+    for short in options.models:
+        with tempfile.TemporaryDirectory() as place:
+            config, dataset, model = files_and_network(short, place, options, device)
+            files = data.Batches(dataset, dataset.ids, options.image_size, options.batch_size, device,
+                                 evaluation.decoding_workers(config), seed=0)
+            evaluation.open_pixels(config, dataset)
+            cached = data.Batches(dataset, dataset.ids, options.image_size, options.batch_size, device, seed=0)
+            t = train.set_up(config, model, device, len(dataset.classes), 10**6)
+            t.begin_epoch(0)
+            one = [tuple(part.clone() for part in next(iter(cached)))] * len(cached)
+            times = medians({"one": lambda: epoch_of(t, config, one), "cache": lambda: epoch_of(t, config, cached),
+                             "files": lambda: epoch_of(t, config, files)}, options.rounds, device)
+        seen = len(cached) * cached.order.batch_size * 1000
+        print(f"{short:16}" + "".join(f"{seen / time:12.1f}" for time in times.values())
+              + "".join(f"{times['one'] / times[n]:12.3f}" for n in ("cache", "files")), flush=True)
+
+
+def files_and_network(short, place, options, device):
+    """A folder of photographs under `place`, listed, and a network to train on it."""
+    draw_photographs(Path(place, "images"), options.images, options.image_size)
+    config = run.resolve(run.read_configs(), {
+        "dataset": "folder", "data_dir": f"{place}/images", "model": short, "pretrained": False, "cam": "none", "out": place,
+        "image_size": options.image_size, "batch_size": options.batch_size, "amp": "off"})
+    dataset = run.load_dataset(config)
+    torch.manual_seed(0)
+    return config, dataset, run.build_network(config, len(dataset.classes))[0]
+
+
+def epoch_of(t, config, batches):
+    """The steps of `train.train`, without Proxy Attention."""
+    for step, (pixels, labels) in enumerate(batches):
+        images = data.augment(pixels, t.mean, t.std, config, (0, 0, step))
+        t.backward(train.forward(t.network, images, labels, t.amp)[1], step, len(batches))
+
+
+def bench_train(options):
+    """Whole epochs over JPEG files: ours, from the cache, and timm's dataset, loader, network and optimizer in a plain loop."""
+    device = run.pick_device(options.device)
+    print(f"{describe_machine(device)}\n{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, float32, "
+          f"medians of {options.rounds} epochs, images per second\n\n{'network':16}{'timm':>12}{'ours':>12}{'ours/timm':>12}")
+    for short in options.models:
+        with tempfile.TemporaryDirectory() as place:
+            config, dataset, model = files_and_network(short, place, options, device)
+            evaluation.open_pixels(config, dataset)
+            batches = data.Batches(dataset, dataset.ids, options.image_size, options.batch_size, device, seed=0)
+            t = train.set_up(config, model, device, len(dataset.classes), 10**6)
+            t.begin_epoch(0)
+            theirs, _ = run.build_network(config, len(dataset.classes))
+            theirs = theirs.to(device).train()
+            optimizer = timm.optim.create_optimizer_v2(theirs, "adamw", lr=1e-4, weight_decay=0.05)
+            loader = timm.data.create_loader(
+                timm.data.create_dataset("folder", f"{place}/images"), (3, options.image_size, options.image_size), options.batch_size,
+                is_training=True, use_prefetcher=device.type == "cuda", device=device, scale=(1, 1), ratio=(1, 1), color_jitter=None,
+                num_workers=evaluation.decoding_workers(config), persistent_workers=True)
+
+            def plainly():
+                for images, labels in loader:
+                    F.cross_entropy(theirs(images.to(device)), labels.to(device)).backward()
+                    timm.utils.dispatch_clip_grad(theirs.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+            times = medians({"timm": plainly, "ours": lambda: epoch_of(t, config, batches)}, options.rounds, device)
+        seen = [len(loader) * options.batch_size, len(batches) * batches.order.batch_size]
+        speeds = [1000 * count / time for count, time in zip(seen, times.values())]
+        print(f"{short:16}" + "".join(f"{speed:12.1f}" for speed in speeds) + f"{speeds[1] / speeds[0]:12.3f}", flush=True)
+
+
 def bench_staged(options):
     """Stage 2 of --mode staged over JPEG files, all of them erased, beside a plain evaluation pass over the same files."""
     device = run.pick_device(options.device)
@@ -199,7 +368,7 @@ def bench_staged(options):
     for short in options.models:
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
             draw_photographs(Path(place, "images"), options.images, options.image_size)
-            config, folder, dataset, split, model, _ = train.start({
+            config, folder, dataset, split, model, _ = train.start({  # no cache: both read the files
                 "dataset": "folder", "data_dir": f"{place}/images", "model": short, "pretrained": False, "mode": "staged",
                 "select": "all", "image_size": options.image_size, "batch_size": options.batch_size, "out": place,
                 "device": options.device}, False, False)
@@ -329,14 +498,14 @@ def cam_libraries():
     return found
 
 
-BENCHES = {"cam": bench_cam, "compile": bench_compile, "staged": bench_staged, "leak": bench_leak}
+BENCHES = {"cam": bench_cam, "step": bench_step, "input": bench_input, "train": bench_train, "compile": bench_compile, "staged": bench_staged, "leak": bench_leak}
 
 
 def main(arguments=None):
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(BENCHES), help="what to measure")
-    parser.add_argument("--models", nargs="+", default=CAM_MODELS, help=f"networks (default: {' '.join(CAM_MODELS)})")
+    parser.add_argument("--models", nargs="+", help=f"networks (default: {' '.join(CAM_MODELS)}; of step {' '.join(STEP_MODELS)})")
     parser.add_argument("--methods", nargs="+", default=["gradcam", "gradcam++"], choices=tuple(cam.METHODS),
                         help="CAM methods (default: gradcam gradcam++)")
     parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
@@ -346,6 +515,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     options = parser.parse_args(arguments)
+    options.models = options.models or (STEP_MODELS if options.what == "step" else CAM_MODELS)
     try:
         BENCHES[options.what](options)
     except UserError as error:

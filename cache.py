@@ -128,7 +128,8 @@ def _locked(path):
 def load_dataset(name, entry, root, folder, classes=None):
     """As `data.load_dataset`. Files are listed and hashed only where folder or file have another time or size than last time.
 
-    folder: where the listing is kept. One that cannot be read or written costs time and nothing else.
+    folder: where the listing is kept; `keep_listing` writes it, once it is clear that there will be a run. One that cannot be read or
+    written costs time and nothing else.
     """
     if entry["layout"] == "digits" or not Path(root or ".").is_dir():
         return data.load_dataset(name, entry, root, classes)
@@ -142,10 +143,19 @@ def load_dataset(name, entry, root, folder, classes=None):
         sizes, times = _stat(dataset.images)
         _hash_what_changed(dataset, sizes, times, kept)
         if not kept or not np.array_equal(kept["times"], times) or not np.array_equal(kept["folder_times"], _folder_times(kept)):
-            _write_listing(path, dataset, root, sizes, times)
+            dataset.unwritten = path, sizes, times
     else:
         dataset.digests = data.digests_of(dataset)
-    return dataset.chosen(classes)
+    chosen = dataset.chosen(classes)
+    chosen.listing = dataset
+    return chosen
+
+
+def keep_listing(dataset):
+    """Write the listing of a dataset that `load_dataset` gave, if it is not there as it should be."""
+    whole = getattr(dataset, "listing", dataset)
+    if hasattr(whole, "unwritten"):
+        _write_listing(whole, *whole.__dict__.pop("unwritten"))
 
 
 def _read_listing(path):
@@ -220,8 +230,8 @@ def _hash_what_changed(dataset, sizes, times, kept):
     dataset.digests = digests
 
 
-def _write_listing(path, dataset, root, sizes, times):
-    folders = sorted({str(root), *(folder for folder, *_ in os.walk(root))})
+def _write_listing(dataset, path, sizes, times):
+    folders = sorted({str(dataset.root), *(folder for folder, *_ in os.walk(dataset.root))})
     arrays = {"ids": _bytes(dataset.ids), "classes": _bytes(dataset.classes), "labels": dataset.labels, "sizes": sizes, "times": times,
               "parts": _bytes(dataset.parts or []), "digests": np.frombuffer(bytes.fromhex("".join(dataset.digests)), np.uint8),
               "folders": _bytes(folders), "folder_times": _times_of(folders)}

@@ -154,7 +154,7 @@ def metrics(labels, logits, classes):
 def costs(log, prediction_seconds, stages=()):
     """What the run took, from its log: sums over epochs, peaks as peaks. None where the machine cannot tell.
 
-    second_pass_images: images that went through the network once more, only to be looked at: with --same-step each batch that is
+    energy_wh: of training, from the counters that `run.Energy` finds. second_pass_images: images that went through the network once more, only to be looked at: with --same-step each batch that is
     erased, and in a staged run the training images of each stage 2, whose seconds count as the heat's and as training.
     """
     looking = [line for line in stages if line["stage"] == 2]
@@ -166,6 +166,7 @@ def costs(log, prediction_seconds, stages=()):
     def peak(key):
         return max((line[key] for line in log if line[key] is not None), default=None)
 
+    energies = [line["energy_wh"] for line in (*log, *looking) if line["energy_wh"] is not None]
     seconds = total("train_seconds") + looking_seconds
     return {
         "train_seconds": round(seconds, 3),
@@ -179,7 +180,7 @@ def costs(log, prediction_seconds, stages=()):
         "peak_gpu_allocated_mb": peak("peak_gpu_allocated_mb"),
         "peak_gpu_reserved_mb": peak("peak_gpu_reserved_mb"),
         "peak_host_mb": peak("peak_host_mb"),
-        "energy_wh": None,
+        "energy_wh": round(sum(energies), 4) if energies else None,
     }
 
 

@@ -21,6 +21,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -821,6 +822,55 @@ def release(device):
         torch.cuda.empty_cache()
 
 
+class Energy:
+    """Energy that this process's devices took since it was made, from counters of the hardware itself; nothing is estimated.
+
+    source: what was read: "NVML" for the GPU that the process uses, "RAPL" for the CPU packages (of several processes on one machine the
+    first reads them); None where there is neither. A thread reads RAPL now and then, as its counters start again from zero every
+    few minutes under load.
+    """
+
+    PAUSE = 20.0  # seconds between two readings; a package at 1,000 W takes over four minutes to fill its counter
+
+    def __init__(self, device, powercap="/sys/class/powercap", first=True):
+        self._gpu, self._zones, self._joules, self._lock, self._end = None, [], 0.0, threading.Lock(), threading.Event()
+        if device.type == "cuda":
+            with contextlib.suppress(Exception):  # no library, no driver, or a GPU too old to count
+                import pynvml
+
+                pynvml.nvmlInit()
+                handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+                self._gpu = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+                self._gpu_start = self._gpu()
+        for zone in sorted(Path(powercap).glob("intel-rapl:*")) if first else []:
+            with contextlib.suppress(OSError, ValueError):
+                if (zone / "name").read_text().startswith("package"):
+                    self._zones.append([zone / "energy_uj", int((zone / "energy_uj").read_text()),
+                                        int((zone / "max_energy_range_uj").read_text())])
+        self.source = " and ".join(["NVML"] * (self._gpu is not None) + ["RAPL"] * bool(self._zones)) or None
+        if self._zones:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while not self._end.wait(self.PAUSE):
+            self.watt_hours()
+
+    def watt_hours(self):
+        """Watt hours so far; None where nothing can be read."""
+        if self.source is None:
+            return None
+        with self._lock:
+            for zone in self._zones:
+                with contextlib.suppress(OSError, ValueError):
+                    path, before, span = zone
+                    zone[1] = int(path.read_text())
+                    self._joules += (zone[1] - before) % (span + 1) / 1e6
+            return (self._joules + (self._gpu() - self._gpu_start if self._gpu else 0)) / 3600
+
+    def close(self):
+        self._end.set()
+
+
 def describe_environment(dataset, device):
     """What `env.json` holds: enough to say why two machines differ."""
     import torchvision
@@ -844,7 +894,7 @@ def describe_environment(dataset, device):
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "platform": platform.platform(), "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "energy": Energy(device).source,
         "dataset": {"name": dataset.name, "root": str(Path(dataset.root).resolve()), "images": len(dataset),
                     "fingerprint": dataset.fingerprint()},
     }

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
+import cache
 import cam
 import data
 import distributed
@@ -74,7 +75,7 @@ def train(config, folder, dataset, split, model, device, stage, stop):
         t.begin_epoch(epoch)
         batches.order.epoch, batches.order.start = epoch, first_step
         erasing = t.explain is not None and proxy.is_on(config["schedule"], epoch, accuracies, config["warmup"])
-        counts = counts or Counts(device)
+        counts = counts or Counts(device, t.energy)
         for step, (pixels, labels) in enumerate(show(batches, epoch, stage, counts), first_step):
             # Order, augmentation and dropout follow from (seed, epoch, step) alone, whatever was drawn before.
             key = (config["seed"], epoch, step)
@@ -118,6 +119,7 @@ def train(config, folder, dataset, split, model, device, stage, stop):
         finish_epoch(folder, line, waiting, t)
         accuracies.append(line["val_accuracy"])
         print_epoch(line, stage)
+    t.energy.close()
     stop.leave_steps()
 
 
@@ -141,6 +143,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         erases = config["cam"] != "none" and config["mode"] == "online"
         self.explain = self.network = self.frozen = None
+        self.energy = run.Energy(device, first=distributed.LOCAL_RANK == 0)
         if erases:
             self.explain = cam.CAM(model, config["cam"], config["layer"], config["smooth"], compiled=config["compile"])
 
@@ -233,13 +236,15 @@ def validate(t, batches):
 class Counts:
     """What an epoch adds up to. It is summed on the device, which is asked for it at the display's pace and at the end."""
 
-    ADDED = ("loss", "fresh", "wrong", "erased_images", "images_seen", "second_pass_images")  # over all processes
+    ADDED = ("loss", "fresh", "wrong", "erased_images", "images_seen", "second_pass_images", "energy_wh")  # over all processes
     SHARED = ("optimizer_steps", "train_seconds", "cam_seconds")  # these pass for all at the same time
 
-    def __init__(self, device, before=None):
-        """before: what `raw` gave of the same epoch, in a process that was stopped."""
-        self.device, self.before = device, before or dict.fromkeys((*self.ADDED, *self.SHARED), 0)
-        self.sums = torch.zeros(4, device=device)  # loss times images, fresh images, those misled, erased images
+    def __init__(self, device, energy, before=None):
+        """energy: `run.Energy`. before: what `raw` gave of the same epoch, in a process that was stopped."""
+        self.energy, self.energy_start = energy, energy.watt_hours() or 0.0
+        self.device, self.before = device, dict.fromkeys((*self.ADDED, *self.SHARED), 0) | (before or {})
+        # Loss times images, fresh images, those misled, erased images; what is there is added to as if nothing had come between.
+        self.sums = torch.tensor([float(self.before.pop(key)) for key in self.ADDED[:4]], device=device)
         self.images, self.second_pass_images, self.steps, self.start = 0, 0, 0, time.perf_counter()
         self.cam_seconds, self.cam_events = 0.0, []
 
@@ -270,18 +275,24 @@ class Counts:
         """The numbers so far, of this process or of `everyone`; waits for the device."""
         sums = self.sums.tolist()
         cam_seconds = self.cam_seconds + sum(start.elapsed_time(end) for start, end in self.cam_events) / 1000
-        own = [*sums, self.images, self.second_pass_images, self.steps, time.perf_counter() - self.start, cam_seconds]
-        own = {key: self.before[key] + value for key, value in zip((*self.ADDED, *self.SHARED), own)}
-        ranks = everyone(own)
-        return {key: (sum if key in self.ADDED else max)(each[key] for each in ranks) for key in own}
+        energy = (self.energy.watt_hours() or 0.0) - self.energy_start
+        own = [*sums, self.images, self.second_pass_images, energy, self.steps, time.perf_counter() - self.start, cam_seconds]
+        own = {key: self.before.get(key, 0) + value for key, value in zip((*self.ADDED, *self.SHARED), own)}
+        return merge_counts(everyone(own))
 
     def totals(self, everyone=lambda value: [value]):
         """The epoch's share of a line of `log.jsonl`."""
         raw = self.raw(everyone)
         loss, fresh, wrong = (raw.pop(key) for key in ("loss", "fresh", "wrong"))
         raw["erased_images"] = int(raw["erased_images"])
+        raw["energy_wh"] = raw["energy_wh"] if self.energy.source else None
         return {"train_loss": loss / max(raw["images_seen"], 1), "train_accuracy": 1 - wrong / max(fresh, 1),
                 "misled": wrong / max(fresh, 1), **raw}
+
+
+def merge_counts(ranks):
+    """What several processes counted, as one."""
+    return {key: (sum if key in Counts.ADDED else max)(each[key] for each in ranks) for key in ranks[0]}
 
 
 def memory(device):
@@ -313,7 +324,7 @@ def finish_epoch(folder, line, waiting, t):
 def save_last(folder, t, epoch, step, waiting, counts=None):
     """`last.pt`: all that the run goes on with after `epoch` whole epochs and `step` batches. Of all ranks, with what waits on each."""
     waiting = distributed.everyone(None if waiting is None else [part.cpu() for part in waiting])
-    counts = None if counts is None else counts.raw(distributed.everyone)
+    counts = None if counts is None else distributed.everyone(counts.raw())
     if distributed.RANK == 0:
         waiting = [part for part in waiting if part is not None]
         run.save_checkpoint(folder / "last.pt", {
@@ -344,7 +355,10 @@ def load_last(folder, stage, t):
     if waiting is not None:  # there may be another number of processes now
         waiting = proxy.Waiting(*(part.tensor_split(distributed.RANKS)[distributed.RANK] for part in waiting))
     if state["counts"] is not None:
-        counts = Counts(t.device, state["counts"] if distributed.RANK == 0 else None)
+        every = state["counts"]
+        if len(every) != distributed.RANKS:
+            every = [merge_counts(every)] + [None] * (distributed.RANKS - 1)
+        counts = Counts(t.device, t.energy, every[distributed.RANK])
     return state["epoch"], state["step"], waiting, counts
 
 
@@ -412,8 +426,10 @@ def staged(config, folder, dataset, split, device, stop):
 
 def run_stage(folder, device, round_, number, work, *arguments):
     """Call a stage, let go of all it held, and record it in `stages.jsonl` with the memory before and after."""
-    start = time.perf_counter()
-    line = {"round": round_, "stage": number, **work(*arguments), "seconds": round(time.perf_counter() - start, 3)}
+    start, energy = time.perf_counter(), run.Energy(device)
+    line = {"round": round_, "stage": number, **work(*arguments), "seconds": round(time.perf_counter() - start, 3),
+            "energy_wh": energy.watt_hours()}
+    energy.close()
     run.release(device)
     line["left_mb"] = run.held_mb(device)
     run.append_line(folder / "stages.jsonl", line)
@@ -740,6 +756,8 @@ def run_to_its_end(config, folder, dataset, split, model, device, stop):
     """Train, online or staged, from wherever the run stands."""
     if config["protocol"] == "resplit":
         console.print(f"--protocol resplit: {evaluation.LEAK}", soft_wrap=True)
+    if distributed.RANK == 0 and config["cache"] != "off":
+        cache.keep_listing(dataset)
     text = distributed.from_first(evaluation.open_pixels, config, dataset) if dataset.pixels is None else None
     if distributed.RANK:
         evaluation.open_pixels(config, dataset, build=False)

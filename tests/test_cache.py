@@ -21,7 +21,9 @@ ENTRY = run.read_configs()["datasets"]["asl"]
 
 
 def load(asl, folder):
-    return cache.load_dataset("asl", ENTRY, asl, folder)
+    dataset = cache.load_dataset("asl", ENTRY, asl, folder)
+    cache.keep_listing(dataset)
+    return dataset
 
 
 def opened(dataset, folder, mode="auto", size=32, build=True):

@@ -347,3 +347,31 @@ def test_an_image_that_cannot_be_written_ends_the_round_with_an_error(tmp_path):
         with kept:
             kept.add(np.zeros((1, 8, 8, 3), np.uint8), [erased_row("1")], 1, 1)
     assert run.ErasedRound(tmp_path, 1, "jpg").looked_at == 0
+
+
+# --- energy
+
+
+def counter(folder, name, energy, number=0, span=999_999):
+    zone = folder / f"intel-rapl:{number}"
+    zone.mkdir(exist_ok=True)
+    for file, text in (("name", name), ("energy_uj", energy), ("max_energy_range_uj", span)):
+        (zone / file).write_text(f"{text}\n")
+
+
+def test_energy_is_the_packages_own_count_also_when_it_starts_again(tmp_path):
+    counter(tmp_path, "package-0", 900_000)
+    counter(tmp_path, "package-1", 0, 1)
+    counter(tmp_path, "dram", 0, 2)
+    energy = run.Energy(torch.device("cpu"), tmp_path)
+    assert energy.source == "RAPL" and energy.watt_hours() == 0
+    counter(tmp_path, "package-0", 100_000)  # 200,000 later
+    counter(tmp_path, "package-1", 700_000, 1)
+    counter(tmp_path, "dram", 999, 2)
+    assert energy.watt_hours() == pytest.approx(0.9 / 3600) == energy.watt_hours()
+    energy.close()
+
+
+def test_where_nothing_counts_energy_it_is_not_told(tmp_path):
+    energy = run.Energy(torch.device("cpu"), tmp_path)
+    assert energy.source is None and energy.watt_hours() is None
