@@ -145,7 +145,8 @@ class Training:
         self.explain = self.network = self.frozen = None
         self.energy = run.Energy(device, first=distributed.LOCAL_RANK == 0)
         if erases:
-            self.explain = cam.CAM(model, config["cam"], config["layer"], config["smooth"], compiled=config["compile"])
+            layer = inner_layers(model, config["layer"]) if config["checkpointing"] else config["layer"]
+            self.explain = cam.CAM(model, config["cam"], layer, config["smooth"], compiled=config["compile"])
 
     def begin_epoch(self, epoch):
         """Training mode; while --freeze lasts only for the head, the rest keeping also its batch statistics."""
@@ -174,6 +175,16 @@ class Training:
             self.schedule.step()
             self.optimizer.zero_grad(set_to_none=True)
         return whole
+
+
+def inner_layers(model, names):
+    """The last parts of the named layers, which give the same output: under checkpointing timm calls a stage's parts, not the stage."""
+    found = []
+    for name in names.split(",") if names else []:
+        while isinstance(module := model.get_submodule(name.strip()), torch.nn.Sequential) and len(module):
+            name = f"{name.strip()}.{list(module._modules)[-1]}"
+        found.append(name)
+    return ",".join(found) or None
 
 
 def set_up(config, model, device, classes, steps):

@@ -299,6 +299,60 @@ def test_a_dry_run_shows_every_fill_and_control_on_one_sheet(tmp_path, capsys):
     assert train.main(["--show"]) == 2 and "--show goes with --dry-run" in capsys.readouterr().err
 
 
+# --- the step
+
+
+def weights_of(folder):
+    return run.load_checkpoint(folder / "last.pt")["model"]
+
+
+def test_gradients_of_two_batches_are_those_of_one_of_their_size(trained):
+    plain = ["--model", "test_vit", "--image-size", "32", "--no-pretrained", "--cam", "none", "--augment", "none", "--train-fraction", "0.2"]
+    one, two = trained(*plain, "--batch-size", "64"), trained(*plain, "--batch-size", "32", "--accumulate", "2")
+    steps = [metrics_of(folder)["cost"]["optimizer_steps"] for folder in (one, two)]
+    assert steps == [2 * 4, 2 * 4] and metrics_of(one)["cost"]["images_seen"] == metrics_of(two)["cost"]["images_seen"]
+    a, b = weights_of(one), weights_of(two)
+    assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+
+
+def test_freezing_trains_the_head_alone_and_then_everything(trained):
+    start, _ = run.first_network(run.open_run(trained("--freeze", "1", "--train-fraction", "0.1", epochs=1)).config, list("0123456789"))
+    start = start.state_dict()
+    frozen = weights_of(trained("--freeze", "1", "--train-fraction", "0.1", epochs=1))
+    changed = {name for name in start if not torch.equal(start[name], frozen[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    later = weights_of(trained("--freeze", "1", "--train-fraction", "0.1", epochs=2))
+    assert not torch.equal(start["conv1.0.weight"], later["conv1.0.weight"])
+
+
+def test_layer_decay_slows_the_layers_below(trained):
+    config = run.resolve(run.read_configs(), {"model": "test_vit", "image_size": 160, "pretrained": False, "layer_decay": 0.5})
+    model, _ = run.build_network(config, 10)
+    t = train.Training(config, model, torch.device("cpu"), 10, 100)
+    rates = {id(p): group["lr"] for group in t.optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.blocks[0].mlp.fc1.weight)] < rates[id(model.blocks[5].mlp.fc1.weight)] < rates[id(model.head.weight)]
+    assert rates[id(model.blocks[4].mlp.fc1.weight)] == pytest.approx(rates[id(model.blocks[5].mlp.fc1.weight)] / 2)
+
+
+def test_checkpointing_gives_the_same_weights_and_the_same_heat(trained):
+    plain = ["--model", "test_resnet", "--image-size", "64", "--no-pretrained", "--train-fraction", "0.1"]
+    one, two = trained(*plain, epochs=1), trained(*plain, "--checkpointing", epochs=1)
+    a, b = weights_of(one), weights_of(two)
+    learned = [name for name in a if "running" not in name and "num_batches" not in name]  # batch norm counts a batch twice then
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in learned)
+    assert [line["erased_images"] for line in run.read_log(one)] == [line["erased_images"] for line in run.read_log(two)]
+
+
+def test_out_of_memory_is_one_line_with_what_would_fit(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "forward", full)
+    assert train.main(["--out", str(tmp_path), "--name", "r", "--batch-size", "64"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--batch-size 32 --accumulate 2" in shown and "--checkpointing" in shown
+
+
 # --- warm start, parts of datasets, the published protocol
 
 
