@@ -7,6 +7,7 @@
     python train.py --mode staged --rounds 3                       # erase between trainings, and keep the erased images on disk
     python train.py --dry-run --show                               # settings, split, network, and a sheet of every fill and control
     python train.py --resume runs/NAME                             # go on with an interrupted run
+    torchrun --nproc-per-node 4 train.py --dataset places          # on several GPUs, or CPUs
 
 Each step of `train` below is one forward and one backward pass over a batch of one fixed size. Where the network got a fresh
 image wrong, a class activation map taken from that same forward pass shows the pixels that misled it; a copy with these
