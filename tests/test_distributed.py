@@ -101,10 +101,21 @@ def test_a_process_that_dies_ends_the_job_and_torchrun_goes_on_with_it(tmp_path)
 # --- signals
 
 
+STOPPED = ["--train-fraction", "0.5", "--epochs", "4", "--threshold", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+    """The run that is stopped below, without being stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    status, _, err = finish(launch(1, *STOPPED, "--out", str(out), "--name", "whole"))
+    assert status == 0, err
+    return out / "whole"
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_a_signal_ends_a_run_after_the_step_and_the_run_goes_on_to_the_same_bits(number, status, tmp_path):
-    arguments = ["--train-fraction", "0.5", "--epochs", "4", "--out", str(tmp_path), "--threshold", "0.5"]
-    process = launch(1, *arguments, "--name", "cut")
+def test_a_signal_ends_a_run_after_the_step_and_the_run_goes_on_to_the_same_bits(number, status, left_alone, tmp_path):
+    process = launch(1, *STOPPED, "--out", str(tmp_path), "--name", "cut")
     while not run.read_log(tmp_path / "cut") and process.poll() is None:
         time.sleep(0.02)
     time.sleep(0.15)
@@ -112,12 +123,11 @@ def test_a_signal_ends_a_run_after_the_step_and_the_run_goes_on_to_the_same_bits
     code, _, err = finish(process)
     assert code == status and err.count("\n") == 2 and f"go on with python train.py --resume {tmp_path / 'cut'}" in err
     assert finish(launch(1, "--resume", str(tmp_path / "cut")))[0] == 0
-    assert finish(launch(1, *arguments, "--name", "whole"))[0] == 0
-    states = [run.load_checkpoint(tmp_path / name / "last.pt") for name in ("cut", "whole")]
+    states = [run.load_checkpoint(folder / "last.pt") for folder in (tmp_path / "cut", left_alone)]
     for part in ("model", "optimizer"):
         assert torch.equal(*(torch.cat([t.flatten().float() for t in tensors(state[part])]) for state in states)), part
     logs = [[{key: value for key, value in line.items() if "seconds" not in key and "_mb" not in key}
-             for line in run.read_log(tmp_path / name)] for name in ("cut", "whole")]
+             for line in run.read_log(folder)] for folder in (tmp_path / "cut", left_alone)]
     assert logs[0] == logs[1]
 
 

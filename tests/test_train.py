@@ -515,10 +515,20 @@ def same_run(a, b):
     return all(torch.equal(states[0][k], states[1][k]) for k in states[0]) and files[0] == files[1] and files[0]         and [s["stage"] for s in run.read_lines(a / "stages.jsonl")] == [s["stage"] for s in run.read_lines(b / "stages.jsonl")]
 
 
+RESPLIT = [*STAGED, "--schedule", "1,p,p", "--select", "loss", "--subset", "0.5", "--fill", "transplant", "--protocol", "resplit"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The staged run that is killed below, left alone."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train.main([*RESPLIT, "--epochs", "3", "--out", str(out), "--name", "whole"]) == 0
+    return out / "whole"
+
+
 @pytest.mark.parametrize("moment", ["write_json", "append_line", "save_checkpoint", "write_split"])
-def test_a_staged_run_that_was_killed_goes_on_with_what_is_on_disk(trained, tmp_path, monkeypatch, moment):
-    arguments = [*STAGED, "--schedule", "1,p,p", "--select", "loss", "--subset", "0.5", "--fill", "transplant", "--protocol", "resplit"]
-    whole = trained(*arguments, epochs=3)
+def test_a_staged_run_that_was_killed_goes_on_with_what_is_on_disk(whole, tmp_path, monkeypatch, moment):
+    arguments = RESPLIT
     place = train if moment == "write_split" else run
     plain, calls = getattr(place, moment), [0]
 
