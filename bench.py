@@ -233,10 +233,9 @@ def step_of(name, model, images, labels, share, options, device):
     mean = torch.zeros(1, 3, 1, 1, device=device)
     explain, waiting, seats = cam.CAM(model, options.methods[0]), [None], max(1, len(images) // 2)
     number = round(share * len(images))
-    proxy.SELECTIONS["forced"] = lambda logits, labels, draw: (torch.arange(len(draw), device=draw.device) < proxy.forced, draw)
 
     def erase(batch, targets, logits, fresh, places):
-        proxy.forced = number
+        proxy.SELECTIONS["forced"] = lambda logits, labels, draw: (torch.arange(len(draw), device=device) < number, draw)
         rows, chosen = proxy.select("forced", logits, targets, fresh, places, (0,))
         return rows, proxy.erased_copies(config, explain, batch, targets, logits, fresh, rows, chosen, (mean, mean + 1), (0,))[0]
 

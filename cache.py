@@ -105,8 +105,8 @@ def _decode_all(decoded, path, workers):
 
     try:
         data.write_atomically(path, write)
-    except UserError as error:  # a worker's comes wrapped in its traceback
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+    except UserError as error:
+        raise data.unwrapped(error) from None
 
 
 @contextlib.contextmanager
@@ -137,12 +137,13 @@ def load_dataset(name, entry, root, folder, classes=None):
                           digest_size=12).hexdigest()
     path = Path(folder) / f"listing-{key}.npz"
     kept = _read_listing(path)
-    dataset = _listed(name, root, kept) if kept and entry["layout"] == "folders" and _unchanged(kept) else None
+    unchanged = kept is not None and _unchanged(kept)
+    dataset = _listed(name, root, kept) if unchanged and entry["layout"] == "folders" else None
     dataset = dataset or data.LAYOUTS[entry["layout"]](name, entry, Path(root))
     if isinstance(dataset.images, data.Names):
         sizes, times = _stat(dataset.images)
         _hash_what_changed(dataset, sizes, times, kept)
-        if not kept or not np.array_equal(kept["times"], times) or not np.array_equal(kept["folder_times"], _folder_times(kept)):
+        if not unchanged or not np.array_equal(kept["times"], times):
             dataset.unwritten = path, sizes, times
     else:
         dataset.digests = data.digests_of(dataset)
@@ -174,10 +175,6 @@ def _bytes(texts):
     return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), np.uint8)
 
 
-def _folder_times(kept):
-    return _times_of(_texts(kept["folders"]))
-
-
 def _times_of(folders):
     def time_of(folder):
         try:
@@ -190,7 +187,7 @@ def _times_of(folders):
 
 def _unchanged(kept):
     """Whether no folder has got, lost or renamed a file since."""
-    return np.array_equal(kept["folder_times"], _folder_times(kept))
+    return np.array_equal(kept["folder_times"], _times_of(_texts(kept["folders"])))
 
 
 def _listed(name, root, kept):

@@ -717,8 +717,8 @@ class Batches:
             try:
                 for images, labels in self.loader:
                     yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            except UserError as error:  # a worker's comes wrapped in its traceback
-                raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+            except UserError as error:
+                raise unwrapped(error) from None
 
     def _taken(self):
         """Batches from `pixels`, still on the host."""
@@ -726,6 +726,11 @@ class Batches:
             images = torch.from_numpy(self.pixels.take(self.indices[positions])).permute(0, 3, 1, 2)
             labels = self.labels[torch.from_numpy(positions)]
             yield (images.pin_memory(), labels.pin_memory()) if self.device.type == "cuda" else (images, labels)
+
+
+def unwrapped(error):
+    """A UserError without the traceback that a DataLoader's worker wraps it in."""
+    return UserError(str(error).rsplit("UserError: ", 1)[-1].strip())
 
 
 def ahead(items, depth=3):

@@ -154,8 +154,9 @@ def metrics(labels, logits, classes):
 def costs(log, prediction_seconds, stages=()):
     """What the run took, from its log: sums over epochs, peaks as peaks. None where the machine cannot tell.
 
-    energy_wh: of training, from the counters that `run.Energy` finds. second_pass_images: images that went through the network once more, only to be looked at: with --same-step each batch that is
-    erased, and in a staged run the training images of each stage 2, whose seconds count as the heat's and as training.
+    energy_wh: of training, from the counters that `run.Energy` finds. second_pass_images: images that went through the network once
+    more, only to be looked at: with --same-step each batch that is erased, and in a staged run the training images of each
+    stage 2, whose seconds count as the heat's and as training.
     """
     looking = [line for line in stages if line["stage"] == 2]
     looking_seconds = sum(line["seconds"] for line in looking)
