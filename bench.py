@@ -18,6 +18,7 @@ import contextlib
 import gc
 import io
 import platform
+import random
 import shutil
 import statistics
 import sys
@@ -53,13 +54,14 @@ def now(device):
 
 
 def medians(variants, rounds, device):
-    """{name: median milliseconds} of {name: function}, interleaved, after one round to warm up.
+    """{name: median milliseconds} of {name: function}, interleaved in an order that changes from round to round, after one to warm up.
 
     A function that returns seconds is counted by these, and not by what the whole call took.
     """
     taken = {name: [] for name in variants}
+    order = random.Random(0)  # what runs first in a round would otherwise always follow the same one
     for round_ in range(rounds + 1):
-        for name, variant in variants.items():
+        for name, variant in order.sample(list(variants.items()), len(variants)):
             gc.collect()
             start = now(device)
             counted = variant()
@@ -212,27 +214,40 @@ def bench_step(options):
     print(f"{describe_machine(device)}\nbatch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
           f"{options.methods[0]}, medians of {options.rounds} rounds, milliseconds; then as multiples of plain\n\n"
           f"{'network':16}{'misled':>8}" + "".join(f"{n:>13}" for n in names) + "".join(f"{n + '/':>13}" for n in names[1:])
-          + f"{'equal memory':>14}")
+          + f"{'parts of equal':>16}{'equal memory':>14}")
     for short in options.models:
         model, images = network_and_images(short, options, device)
-        labels = torch.arange(len(images), device=device) % 10
+        labels, pixels = torch.arange(len(images), device=device) % 10, data.pixels_of(images, torch.zeros(1, device=device), torch.full((1,), 0.25, device=device))
         for share in MISLED:
-            steps = {name: step_of(name, model, images, labels, share, options, device) for name in names}
+            parts = []  # seconds that each step with budget equal spends on what the plain one has not
+            steps = {name: step_of(name, model, pixels, labels, share, options, device, parts if name == "equal" else []) for name in names}
             steps = {name: step for name, step in steps.items() if step}
             times = medians(steps, options.rounds, device)
+            own = f"{1000 * statistics.median(parts[1:]) / times['plain']:16.3f}" if device.type == "cpu" else f"{'-':>16}"
             memory = peak_bytes(steps["equal"], device) / peak_bytes(steps["plain"], device)
             print(f"{short:16}{share:8.0%}" + "".join(f"{times[n]:13.1f}" if n in times else f"{'-':>13}" for n in names)
                   + "".join(f"{times[n] / times['plain']:13.3f}" if n in times else f"{'-':>13}" for n in names[1:])
-                  + f"{memory:14.3f}", flush=True)
+                  + f"{own}{memory:14.3f}", flush=True)
 
 
-def step_of(name, model, images, labels, share, options, device):
-    """A function that makes one training step of a kind; None for the library where it is not installed."""
+@contextlib.contextmanager
+def timed(parts):
+    """Add what a block takes to the last of `parts`."""
+    start = time.perf_counter()
+    yield
+    parts[-1] += time.perf_counter() - start
+
+
+def step_of(name, model, pixels, labels, share, options, device, parts):
+    """A function that makes one training step of a kind, from uint8 pixels on; None for the library where it is not installed.
+
+    parts: gets, for each step with Proxy Attention, the seconds between the plain step's own work; on a GPU they say nothing.
+    """
     config = run.resolve(run.read_configs(), {"dataset": "folder", "data_dir": ".", "budget": "extra" if name == "extra" else "equal"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12, fused=device.type in ("cpu", "cuda"))
     mean = torch.zeros(1, 3, 1, 1, device=device)
-    explain, waiting, seats = cam.CAM(model, options.methods[0]), [None], max(1, len(images) // 2)
-    number = round(share * len(images))
+    explain, waiting, seats = cam.CAM(model, options.methods[0]), [None], max(1, len(labels) // 2)
+    number = round(share * len(labels))
 
     def erase(batch, targets, logits, fresh, places):
         proxy.SELECTIONS["forced"] = lambda logits, labels, draw: (torch.arange(len(draw), device=device) < number, draw)
@@ -247,29 +262,33 @@ def step_of(name, model, images, labels, share, options, device):
 
     def plain():
         model.train()
-        finish(F.cross_entropy(model(images), labels))
+        finish(F.cross_entropy(model(data.prepare(pixels, mean, mean + 1)), labels))
 
     def ours():
         model.train()
-        batch, targets, fresh = images, labels, torch.ones_like(labels, dtype=torch.bool)
-        if waiting[0] is not None:
-            batch, targets, fresh = proxy.seat(images, labels, waiting[0], config["budget"])
+        batch, targets, fresh = data.prepare(pixels, mean, mean + 1), labels, torch.ones_like(labels, dtype=torch.bool)
+        parts.append(0.0)
+        with timed(parts):
+            if waiting[0] is not None:
+                batch, targets, fresh = proxy.seat(batch, labels, waiting[0], config["budget"])
+                waiting[0] = None
         with explain:
             logits = model(batch)
             loss = F.cross_entropy(logits, targets)
-            _, waiting[0] = erase(batch, targets, logits, fresh, seats)
+            with timed(parts):
+                _, waiting[0] = erase(batch, targets, logits, fresh, seats)
         finish(loss)
 
     def second_pass():
         model.train()
-        fresh = torch.ones_like(labels, dtype=torch.bool)
+        images, fresh = data.prepare(pixels, mean, mean + 1), torch.ones_like(labels, dtype=torch.bool)
         with explain:
             rows, copies = erase(images, labels, model(images), fresh, len(labels))
         batch, targets, _ = proxy.join(images, labels, rows, copies, "equal")
         finish(F.cross_entropy(model(batch), targets))
 
     with explain, torch.no_grad():
-        model(images[:2])  # fixes the layer
+        model(data.prepare(pixels[:2], mean, mean + 1))  # fixes the layer
     if name != "library":
         return {"plain": plain, "equal": ours, "extra": ours, "second pass": second_pass}[name]
     maps = cam_libraries().get("grad-cam")
@@ -278,7 +297,7 @@ def step_of(name, model, images, labels, share, options, device):
 
     def library():
         if number:
-            maps(model, images[:number], labels[:number], options.methods[0], explain)()
+            maps(model, data.prepare(pixels[:number], mean, mean + 1), labels[:number], options.methods[0], explain)()
         plain()
 
     return library

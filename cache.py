@@ -37,30 +37,63 @@ def open_pixels(dataset, size, cache, folder, workers, build=True):
     build: whether to make what is not there. Small datasets that come as arrays are simply kept in memory. Raises UserError where an
     image cannot be read or the folder cannot be written.
     """
-    everything, needed = data.Decoded(dataset, np.arange(len(dataset)), size), len(dataset) * size * size * 3
+    needed = len(dataset) * size * size * 3
     if dataset.in_memory and needed <= data.RESIDENT_BYTES:
+        everything = data.Decoded(dataset, np.arange(len(dataset)), size)
         return data.Pixels(np.stack([everything.pixels(i) for i in range(len(dataset))])), None
     if cache == "off":
         return None, None
     folder = Path(folder if cache == "auto" else cache)
-    key = hashlib.blake2b(f"{VERSION} {size} {''.join(dataset.digests)}".encode(), digest_size=12).hexdigest()
-    path = folder / f"{dataset.name}-{size}-{key}.npy"
+    path = _pixel_file(folder, dataset, size)
     if found := _mapped(path, len(dataset), size):
         return found, f"{path}: images as decoded before"
     if not build:
         return None, None
     if cache == "auto" and (why := _does_not_fit(folder, needed)):
         return None, f"images are decoded anew in every epoch: {why}; --cache DIR keeps them in another folder"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            if not (found := _mapped(path, len(dataset), size)):  # or another run has just made it
-                _decode_all(everything, path, workers)
-                found = _mapped(path, len(dataset), size)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another folder with --cache DIR, or "
-                        "--cache off") from None
+    with _writing(folder, path):
+        if not (found := _mapped(path, len(dataset), size)):  # or another run has just made it
+            bad = _decode_all(dataset, size, path, workers)
+            for index, wrong in bad.items():
+                raise UserError(f"{dataset.where(index)}: cannot be read as an image ({wrong})")
+            found = _mapped(path, len(dataset), size)
     return found, f"{path}: {len(dataset)} images decoded once, {needed / 2**20:.0f} MB"
+
+
+def check_images(dataset, size, cache, folder, workers):
+    """Decode every image once, to see whether it can be used. Returns {index: what is wrong with it}.
+
+    Arguments as for `open_pixels`, which finds the pixels of those that can be used, where they are kept. What was found is remembered, so
+    that the same files are not looked at again, but not with --cache off.
+    """
+    if dataset.in_memory:
+        return {}
+    if cache == "off":
+        return _decode_all(dataset, size, None, workers)
+    folder = Path(folder if cache == "auto" else cache)
+    path = _pixel_file(folder, dataset, size)
+    found = path.with_name(f"checked-{path.stem}.json")
+
+    def known():
+        try:
+            return {int(index): wrong for index, wrong in json.loads(found.read_text("utf-8")).items()}
+        except (OSError, ValueError, AttributeError):
+            return {} if _mapped(path, len(dataset), size) else None
+
+    if (bad := known()) is not None:
+        return bad
+    needed = len(dataset) * size * size * 3
+    with _writing(folder, path):
+        if (bad := known()) is None:
+            bad = _decode_all(dataset, size, None if cache == "auto" and _does_not_fit(folder, needed) else path, workers)
+            text = json.dumps(bad)
+            data.write_atomically(found, lambda file: file.write(text.encode()))
+    return bad
+
+
+def _pixel_file(folder, dataset, size):
+    key = hashlib.blake2b(f"{VERSION} {size} {''.join(dataset.digests)}".encode(), digest_size=12).hexdigest()
+    return folder / f"{dataset.name}-{size}-{key}.npy"
 
 
 def _mapped(path, count, size):
@@ -93,20 +126,51 @@ def memory_bytes():
     return min(found, default=None)
 
 
-def _decode_all(decoded, path, workers):
-    """Write the npy file, image after image: a disk that fills up is then an error, where a mapped file would be a crash."""
-    loader = torch.utils.data.DataLoader(decoded, batch_size=32, num_workers=workers)
+def _decode_all(dataset, size, path, workers):
+    """Decode every image. Returns {index: what is wrong with it} of those that cannot be used.
+
+    path: where the pixels of the whole dataset go, or None; where some images are bad, those of the others go under the name that a dataset
+    without these has. They are written image after image: a disk that fills up is then an error, where a mapped file would be a crash.
+    """
+    loader = torch.utils.data.DataLoader(data.Checked(dataset, np.arange(len(dataset)), size), batch_size=32, num_workers=workers,
+                                         collate_fn=data.Checked.collate)
+    bad = {}
 
     def write(file):
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(decoded), decoded.size, decoded.size, 3)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for images, _ in track(loader, description="decoding", transient=True, disable=len(decoded) < 1000):
-            file.write(images.permute(0, 2, 3, 1).contiguous().numpy())
+        def header(count):
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)})
 
+        if file:
+            header(len(dataset))
+        for number, (images, wrong) in enumerate(track(loader, "decoding", transient=True, disable=len(dataset) < 1000)):
+            bad.update((number * loader.batch_size + i, text) for i, text in enumerate(wrong) if text is not None)
+            if file and images is not None:
+                file.write(images.numpy())
+        if file and bad:  # the header's length leaves room for any count
+            file.seek(0)
+            header(len(dataset) - len(bad))
+
+    if path is None:
+        write(None)
+        return bad
+    data.write_atomically(path, write)
+    if bad:
+        with contextlib.suppress(UserError):  # a class that has none left
+            os.replace(path, _pixel_file(path.parent, dataset.without(dataset.ids[i] for i in bad), size))
+        path.unlink(missing_ok=True)
+    return bad
+
+
+@contextlib.contextmanager
+def _writing(folder, path):
+    """What is made at `path` in the cache's folder, by one process at a time; UserError where it cannot be written."""
     try:
-        data.write_atomically(path, write)
-    except UserError as error:
-        raise data.unwrapped(error) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another folder with --cache DIR, or "
+                        "--cache off") from None
 
 
 @contextlib.contextmanager
@@ -147,14 +211,12 @@ def load_dataset(name, entry, root, folder, classes=None):
             dataset.unwritten = path, sizes, times
     else:
         dataset.digests = data.digests_of(dataset)
-    chosen = dataset.chosen(classes)
-    chosen.listing = dataset
-    return chosen
+    return dataset.chosen(classes)
 
 
 def keep_listing(dataset):
     """Write the listing of a dataset that `load_dataset` gave, if it is not there as it should be."""
-    whole = getattr(dataset, "listing", dataset)
+    whole = dataset.listing or dataset
     if hasattr(whole, "unwritten"):
         _write_listing(whole, *whole.__dict__.pop("unwritten"))
 
@@ -219,6 +281,7 @@ def _hash_what_changed(dataset, sizes, times, kept):
         hexes = kept["digests"].tobytes().hex()
         old = np.array([place.get(image_id, -1) for image_id in dataset.ids], dtype=np.int64)
         same = (old >= 0) & (kept["sizes"][old] == sizes) & (kept["times"][old] == times) & (times >= 0)
+        same &= np.array([not hexes.startswith(data.NOT_READ, 32 * o) for o in old], dtype=bool)  # it may be readable by now
         for i in np.flatnonzero(same):
             digests[i] = hexes[32 * old[i]:32 * old[i] + 32]
         again = np.flatnonzero(~same).tolist()

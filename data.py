@@ -12,14 +12,18 @@ To add a dataset, add an entry to `configs.json`; to add a way of lying on the d
 Nothing here ever writes to a dataset's folder.
 """
 
+import colorsys
 import contextlib
 import csv
 import difflib
+import functools
 import hashlib
+import io
 import math
 import os
 import queue
 import re
+import stat
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +41,33 @@ PARTS = ("train", "val", "test")
 # How datasets name these parts on the disk.
 PART_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                   "test": "test", "testing": "test"}
+MOST_OUTSIDE = 0.05  # of a folder's images may be in no class folder, as the 29 of ASL's test folder are
 RESIDENT_BYTES = 2**30  # datasets that come as arrays stay on the device when resized they take at most this much
 UNREADABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError  # what Pillow raises for a broken image
 HASH_THREADS = 8  # reading files waits for the disk, so more threads than cores
 
 
+# Pillow warns of what it reads nonetheless: odd EXIF data, palettes with transparency, and images of over 89 million pixels (it refuses
+# those of over 179 million).
+warnings.filterwarnings("ignore", module=r"PIL\.")
+LARGEST_FILE = 2**30  # bytes; what is larger is no photograph
+NOT_READ = "0" * 32  # the digest of a file that cannot be read
+
+
 class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback; exit status 2."""
+    """Something the user can mend: shown as one line, without a traceback; exit status 2.
+
+    resumable: of an error in a run's midst, whether the run can then go on.
+    """
+
+    def __init__(self, text, resumable=True):
+        super().__init__(text)
+        self.resumable = resumable
+
+
+def one_line(text):
+    """A text with what cannot be printed, as newlines and bytes that are not UTF-8 in a file's name, written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 class Names:
@@ -87,7 +111,9 @@ class Dataset:
     ids: unique strings, paths relative to `root` with `/` where the images are files.
     images: Names of N paths, or uint8 array [N, H, W, 3], or a torchvision dataset that gives (PIL image, label).
     parts: "train" | "val" | "test" per image where the dataset brings its own split, else None.
+    groups: a text per image, as where it was taken, in which a network may do better than elsewhere; None where the dataset names none.
     digests: hex hash of each image's content; equal digests mean the same image under two names.
+    decoy: `Decoy` of every image, where the run is to have one (`draw_decoy`).
     pixels: `Pixels` of all images, decoded and at the size of the run, where they are at hand (`cache.open_pixels`).
     """
 
@@ -98,8 +124,11 @@ class Dataset:
     labels: np.ndarray
     images: object
     parts: list | None = None
+    groups: list | None = None
     digests: list | None = None
     pixels: object = None
+    decoy: object = None
+    listing: object = None  # of a dataset that is part of another, that one
     _fingerprint: str | None = None
 
     def __len__(self):
@@ -140,15 +169,30 @@ class Dataset:
             raise UserError(f"--classes: expected at least two classes, found {', '.join(names) or 'none'}")
         number = {self.classes.index(c): i for i, c in enumerate(classes)}
         kept = [i for i, label in enumerate(self.labels.tolist()) if label in number]
+        return self._part(kept, classes, np.array([number[self.labels[i]] for i in kept], dtype=np.int64))
+
+    def without(self, ids):
+        """The dataset without these images. Raises UserError where a class has none left."""
+        if not ids:
+            return self
+        ids = set(ids)
+        kept = [i for i, image_id in enumerate(self.ids) if image_id not in ids]
+        labels = self.labels[kept]
+        if gone := set(range(len(self.classes))) - set(labels.tolist()):
+            raise UserError(f"dataset {self.name}: no image of class {self.classes[min(gone)]!r} can be used")
+        return self._part(kept, self.classes, labels)
+
+    def _part(self, kept, classes, labels):
+        """A Dataset of the images number `kept`, whose labels count `classes`."""
         if isinstance(self.images, np.ndarray):
             images = self.images[kept]
         else:
             images = Names(self.images[i] for i in kept) if isinstance(self.images, Names) \
                 else torch.utils.data.Subset(self.images, kept)
-        return Dataset(self.name, self.root, classes, [self.ids[i] for i in kept],
-                       np.array([number[self.labels[i]] for i in kept], dtype=np.int64), images,
-                       [self.parts[i] for i in kept] if self.parts else None,
-                       [self.digests[i] for i in kept] if self.digests else None)
+        part = Dataset(self.name, self.root, classes, [self.ids[i] for i in kept], labels, images,
+                       *([texts[i] for i in kept] if texts else None for texts in (self.parts, self.groups, self.digests)))
+        part.listing = self.listing or self
+        return part
 
     def fingerprint(self):
         """One hash of every id, label and content: two machines with the same one have the same dataset."""
@@ -172,7 +216,7 @@ def write_atomically(path, write, sync_name=True):
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{threading.get_ident()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -200,8 +244,31 @@ def sync_folder(folder):
 
 def cannot_write(path, error):
     """The message for a full disk, or a folder that is gone or closed to us."""
-    return UserError(f"{path}: cannot be written ({error.strerror or error}). Everything written before is intact: mend that, then go "
-                     "on with python train.py --resume and the run's folder")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}). Everything written before is intact")
+
+
+# --- files of a dataset --------------------------------------------------------------------------------------------
+
+
+def read_inside(path, root):
+    """A file's bytes. Raises OSError for what is not a file within `root`, wherever links lead: reading a device may never end."""
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        target = os.path.realpath(path, strict=True)
+        status = os.stat(target)
+    else:
+        target = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a file")
+    if not target.startswith(_real(str(root)).rstrip(os.sep) + os.sep):
+        raise OSError(f"a link that leads out of {root}")
+    if status.st_size > LARGEST_FILE:
+        raise OSError(f"larger than {LARGEST_FILE >> 20} MB")
+    with open(target, "rb") as file:
+        return file.read()
+
+
+_real = functools.lru_cache(4096)(os.path.realpath)  # of folders, each of which holds many files
 
 
 # --- layouts: how a dataset lies on the disk -----------------------------------------------------------------------
@@ -230,11 +297,14 @@ def folders(name, entry, root):
     image below a class folder, however deep, belongs to that class.
     """
     extensions = image_extensions()
-    found = []  # (folder relative to root as a tuple of names, file name)
+    found, links = [], []  # (folder relative to root as a tuple of names, name in it)
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [s for s in subfolders if not s.startswith((".", "__MACOSX"))]
         inside = Path(folder).relative_to(root).parts
-        found += [(inside, f) for f in files
+        subfolders[:] = [s for s in subfolders if not s.startswith((".", "__MACOSX"))]
+        links += [(inside, s) for s in subfolders if os.path.islink(os.path.join(folder, s))]
+        odd = {s for s in subfolders if os.path.splitext(s)[1].lower() in extensions}  # called a.jpg: listed, then found to be no image
+        subfolders[:] = [s for s in subfolders if s not in odd]
+        found += [(inside, f) for f in (*files, *odd)
                   if not f.startswith(".") and os.path.splitext(f)[1].lower() in extensions]
     if not found:
         raise UserError(missing(name, entry, f"no images in {root.resolve()}"))
@@ -252,8 +322,17 @@ def folders(name, entry, root):
     rows = []
     for top, part in zip(tops, parts_of_tops):
         depth = len(top)
-        rows += [("/".join((*inside, f)), inside[depth], part) for inside, f in found
+        for inside, link in links:
+            if inside[:depth] == top:
+                raise UserError(f"dataset {name}: {root.joinpath(*inside, link)} is a link to a folder, and these are not followed. Put the "
+                                "folder itself there, or remove the link")
+        rows += [("/".join((*inside, f)), inside[depth], part, None) for inside, f in found
                  if inside[:depth] == top and len(inside) > depth]
+    outside = len(found) - len(rows)
+    if outside > MOST_OUTSIDE * len(found):
+        stray = next("/".join((*inside, f)) for inside, f in found if not any(inside[:len(t)] == t and len(inside) > len(t) for t in tops))
+        raise UserError(f"dataset {name}: {outside} of {len(found)} images in {root} are in none of the class folders that were found in "
+                        f"{', '.join(str(root.joinpath(*top)) for top in tops)}, the first {stray}. Expected one folder per class, side by side")
     return _from_rows(name, root, rows, official=len(tops) > 1)
 
 
@@ -279,14 +358,18 @@ def _class_parents(with_images):
 
 
 def table(name, entry, root):
-    """A CSV file with a row per image. `entry["csv"]`: file, and the columns that hold path, label and split."""
-    spec = entry["csv"]
+    """A CSV file with a row per image. `entry["csv"]`: file, and the columns that hold path, label, split and group.
+
+    columns: their names where the file has none. delimiter: "," by default; " " for any number of spaces. classes: {what the label column
+    says: class}. parts: {what the split column says: "train", "val" or "test"}, where it says something else.
+    """
+    spec, words = entry["csv"], PART_OF_FOLDER | entry["csv"].get("parts", {})
     path = root / spec["file"]
     if not path.is_file():
         raise UserError(missing(name, entry, f"no {path.resolve()}"))
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        wanted = [spec["path"], spec["label"]] + ([spec["split"]] if spec.get("split") else [])
+        reader = csv.DictReader(file, spec.get("columns"), delimiter=spec.get("delimiter", ","), skipinitialspace=True)
+        wanted = [spec[key] for key in ("path", "label", "split", "group") if spec.get(key)]
         absent = [c for c in wanted if c not in (reader.fieldnames or [])]
         if absent:
             raise UserError(f"{path}: no column {absent[0]!r}; it has {', '.join(reader.fieldnames or ['none'])}. "
@@ -295,7 +378,7 @@ def table(name, entry, root):
         for row in reader:
             part = None
             if spec.get("split"):
-                part = PART_OF_FOLDER.get((row[spec["split"]] or "").strip().lower())
+                part = words.get((row[spec["split"]] or "").strip().lower())
                 if part is None:
                     raise UserError(f"{path}, line {reader.line_num}: split {row[spec['split']]!r}; expected "
                                     "train, val or test.")
@@ -305,9 +388,13 @@ def table(name, entry, root):
             if image.is_absolute() or ".." in image.parts:
                 raise UserError(f"{path}, line {reader.line_num}: {image} leads out of {root}; "
                                 "expected a path relative to the CSV's folder.")
-            rows.append((image.as_posix(), row[spec["label"]], part))
-    absent = [r[0] for r in rows if not (root / r[0]).is_file()]
-    if absent:
+            label = spec.get("classes", {}).get(row[spec["label"]], row[spec["label"]])
+            if spec.get("classes") and row[spec["label"]] not in spec["classes"]:
+                raise UserError(f"{path}, line {reader.line_num}: label {label!r}; configs.json, datasets.{name}.csv.classes, has "
+                                f"{', '.join(spec['classes'])}.")
+            rows.append((image.as_posix(), label, part, row[spec["group"]] if spec.get("group") else None))
+    absent = [r[0] for r in rows if not os.path.lexists(root / r[0])]
+    if len(absent) > len(rows) / 2:  # the column or the folder is wrong; a few are images that cannot be used, as broken ones are
         raise UserError(f"{path} names {len(absent)} images that are not there, the first {root / absent[0]}.")
     return _from_rows(name, root, rows, official=bool(spec.get("split")))
 
@@ -355,15 +442,18 @@ LAYOUTS = {"digits": digits, "folders": folders, "csv": table, "torchvision": to
 
 
 def _from_rows(name, root, rows, official):
-    """Dataset from (path relative to root, class, part) rows, in the natural order of the paths."""
+    """Dataset from (path relative to root, class, part, group) rows, in the natural order of the paths."""
     rows = sorted(set(rows), key=lambda row: natural_order(row[0]))
+    twice = next((a[0] for a, b in zip(rows, rows[1:]) if a[0] == b[0]), None)
+    if twice is not None:
+        raise UserError(f"dataset {name}: {root / twice} is named twice, with different labels, parts or groups.")
     classes = sorted({row[1] for row in rows}, key=natural_order)
     if len(classes) < 2:
         raise UserError(f"dataset {name}: only one class, {classes[0]!r}, in {root}; expected at least two.")
     number = {c: i for i, c in enumerate(classes)}
     labels = np.array([number[row[1]] for row in rows], dtype=np.int64)
     return Dataset(name, root, classes, [row[0] for row in rows], labels, Names(str(root / row[0]) for row in rows),
-                   [row[2] for row in rows] if official else None)
+                   [row[2] for row in rows] if official else None, [row[3] or "" for row in rows] if any(row[3] for row in rows) else None)
 
 
 def natural_order(text):
@@ -394,22 +484,24 @@ def load_dataset(name, entry, root, classes=None):
 
 
 def digests_of(dataset, indices=None):
-    """Hex hashes of the content of images number `indices`, of all by default."""
+    """Hex hashes of the content of images number `indices`, of all by default; NOT_READ for those that cannot be read."""
     indices = range(len(dataset)) if indices is None else indices
     if isinstance(dataset.images, Names):
         def digest(index):
             try:
-                with open(dataset.images[index], "rb") as file:
-                    return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
-            except OSError as error:
-                raise UserError(f"{dataset.images[index]}: cannot be read ({error.strerror}).") from None
+                return hashlib.blake2b(read_inside(dataset.images[index], dataset.root), digest_size=16).hexdigest()
+            except OSError:
+                return NOT_READ
     elif isinstance(dataset.images, np.ndarray):
         def digest(index):
             return hashlib.blake2b(dataset.images[index].tobytes(), digest_size=16).hexdigest()
     else:
         def digest(index):
-            image = dataset.open(index)
-            return hashlib.blake2b(f"{image.size}{image.mode}".encode() + image.tobytes(), digest_size=16).hexdigest()
+            try:
+                image = dataset.open(index)
+                return hashlib.blake2b(f"{image.size}{image.mode}".encode() + image.tobytes(), digest_size=16).hexdigest()
+            except UNREADABLE:
+                return NOT_READ
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         hashes = pool.map(digest, indices)
         return list(track(hashes, description="reading", total=len(indices), transient=True, disable=len(indices) < 5000))
@@ -577,6 +669,83 @@ def stable_seed(*key):
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+# --- decoys --------------------------------------------------------------------------------------------------------
+
+SWATCH = 8  # a decoy's side is an eighth of the image's
+CORNERS = 4
+
+
+@dataclass
+class Decoy:
+    """A coloured square in a corner of each image. corners: int64 [N], -1 for none; colours: uint8 [N, 3]."""
+
+    corners: np.ndarray
+    colours: np.ndarray
+
+    def mask(self, indices, size):
+        """Where the squares of images number `indices` are: bool [n, size, size]."""
+        corners, side = torch.as_tensor(self.corners[indices]), max(1, size // SWATCH)
+        return swatch(corners, size, side)
+
+
+def swatch(corners, size, side):
+    """bool [n, size, size]: squares of `side` pixels in corners 0 to 3, clockwise from the upper left; none for -1."""
+    near = torch.arange(size, device=corners.device) < side
+    down, right = ((corners == 2) | (corners == 3))[:, None], ((corners == 1) | (corners == 2))[:, None]
+    rows, columns = torch.where(down, near.flip(0), near), torch.where(right, near.flip(0), near)
+    return rows[:, :, None] & columns[:, None, :] & (corners >= 0)[:, None, None]
+
+
+def draw_decoy(dataset, split, seed):
+    """A shortcut planted in a dataset: a square whose colour says the class in training and validation, and lies in the test.
+
+    After decoy MNIST (Ross, Hughes and Doshi-Velez 2017, "Right for the right reasons", section 4.2), in colour. Each image has its own corner, drawn
+    at random; in the test part the colour is that of another class, drawn at random. Returns a `Decoy` of all images.
+    """
+    draw, count = _generator("decoy", seed), len(dataset.classes)
+    hues = [colorsys.hsv_to_rgb(c / count, 1, 1) for c in range(count)]
+    corners = draw.integers(CORNERS, size=len(dataset))
+    others = (dataset.labels + draw.integers(1, count, size=len(dataset))) % count
+    test = set(split["test"])
+    told = np.where([image_id in test for image_id in dataset.ids], others, dataset.labels)
+    return Decoy(corners, np.rint(255 * np.array(hues)).astype(np.uint8)[told])
+
+
+# --- where the object is -------------------------------------------------------------------------------------------
+
+
+def _ink(dataset, indices, pixels):
+    """Of drawings: what is brighter than the middle between an image's darkest and its brightest pixel."""
+    grey = pixels.float().mean(1)
+    return grey > (grey.amin((1, 2), keepdim=True) + grey.amax((1, 2), keepdim=True)) / 2
+
+
+def _trimap(dataset, indices, pixels):
+    """Of `pets`: animal and outline, from the trimaps beside the photographs (1 animal, 2 background, 3 outline)."""
+    masks, size = [], pixels.shape[-1]
+    for index in indices:
+        photograph = Path(dataset.images[index])
+        path = photograph.parent.parent / "annotations" / "trimaps" / f"{photograph.stem}.png"
+        if not path.is_file():
+            return None
+        masks.append(np.asarray(Image.open(path).resize((size, size), Image.Resampling.NEAREST)) != 2)
+    return torch.from_numpy(np.stack(masks)).to(pixels.device)
+
+
+MASKS = {"digits": _ink, "noisy_digits": _ink, "pets": _trimap}
+
+
+def masks_of(dataset, indices, pixels):
+    """Where heat should lie, or under --decoy should not: (name, bool [n, H, W]), or (None, None) where it is not known.
+
+    indices: int64 [n] of the images. pixels: uint8 [n, 3, H, W], the same images.
+    """
+    if dataset.decoy is not None:
+        return "swatch", dataset.decoy.mask(indices, pixels.shape[-1]).to(pixels.device)
+    mask = MASKS.get(dataset.name, lambda *_: None)(dataset, indices, pixels)
+    return (None, None) if mask is None else ("object", mask)
+
+
 # --- from files to batches -----------------------------------------------------------------------------------------
 
 
@@ -588,15 +757,13 @@ def to_rgb(image, size):
     """
     if image.format == "JPEG":
         image.draft(None, (size, size))  # the decoder drops to the nearest power of two that is still large enough
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # Pillow's advice on palettes with transparency, heeded below
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
-        image = image.convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
+    image = image.convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
@@ -615,7 +782,9 @@ class Decoded(torch.utils.data.Dataset):
     """Images `indices` of a Dataset as (uint8 tensor [3, size, size], label); what DataLoader workers run."""
 
     def __init__(self, dataset, indices, size):
-        self.dataset, self.indices, self.size = dataset, indices, size
+        self.dataset, self.indices, self.size, self.digests = dataset, indices, size, None
+        if isinstance(dataset.images, Names) and dataset.digests:  # as bytes in one array, for the reason that Names has
+            self.digests = np.frombuffer(bytes.fromhex("".join(dataset.digests[i] for i in indices)), np.uint8).reshape(-1, 16)
 
     def __len__(self):
         return len(self.indices)
@@ -625,13 +794,43 @@ class Decoded(torch.utils.data.Dataset):
         return torch.from_numpy(self.pixels(position).copy()).permute(2, 0, 1), label
 
     def pixels(self, position):
-        """uint8 [size, size, 3]. Raises UserError that names what cannot be read."""
+        """uint8 [size, size, 3]. Raises UserError that names what cannot be read, or is not what it was when the dataset was listed."""
         index = int(self.indices[position])
         try:
-            return to_rgb(self.dataset.open(index), self.size)
+            return to_rgb(self._open(index, position), self.size)
         except UNREADABLE as error:
-            raise UserError(f"{self.dataset.where(index)}: cannot be read as an image "
-                            f"({error}). Mend or remove it.") from None
+            raise UserError(f"{self.dataset.where(index)}: cannot be read as an image ({reason(error)})") from None
+
+    def _open(self, index, position):
+        if not isinstance(self.dataset.images, Names):
+            return self.dataset.open(index)
+        content = read_inside(self.dataset.images[index], self.dataset.root)
+        if self.digests is not None and hashlib.blake2b(content, digest_size=16).digest() != self.digests[position].tobytes():
+            raise OSError("its content has changed since the dataset was listed; put it back")
+        return Image.open(io.BytesIO(content))
+
+
+def reason(error):
+    """What Pillow or the system say of a file, without its name."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+
+
+class Checked(Decoded):
+    """As Decoded: (uint8 array [size, size, 3], None), or (None, what is wrong with it)."""
+
+    def __getitem__(self, position):
+        try:
+            return to_rgb(self._open(int(self.indices[position]), position), self.size), None
+        except UNREADABLE as error:
+            return None, reason(error)
+
+    @staticmethod
+    def collate(items):
+        """A batch: uint8 tensor [those that can be read, size, size, 3], and for all what is wrong or None."""
+        images = [image for image, wrong in items if wrong is None]
+        return torch.from_numpy(np.stack(images)) if images else None, [wrong for _, wrong in items]
 
 
 class Order:
@@ -664,7 +863,7 @@ class InOrder:
 
     def __init__(self, length, batch_size, rank=0, ranks=1):
         positions = np.arange(rank, length, ranks)
-        self.batches = np.split(positions, range(batch_size, len(positions), batch_size))
+        self.batches = np.split(positions, range(batch_size, len(positions), batch_size)) if len(positions) else []
 
     def __len__(self):
         return len(self.batches)
@@ -678,16 +877,19 @@ class Batches:
 
     With `seed` they are shuffled: set `.order.epoch`, then iterate. Without, they come in the order of `ids` and the
     last one may be shorter. Images that are decoded already (`dataset.pixels`) stay on the device where they fit, or else come
-    from memory or the disk, a few batches ahead; others are decoded by `workers` processes. rank, ranks: as in `Order`.
+    from memory or the disk, a few batches ahead; others are decoded by `workers` processes. rank, ranks: as in `Order`. decoy: whether
+    images show the dataset's decoys, where it has them.
     """
 
-    def __init__(self, dataset, ids, size, batch_size, device, workers=0, seed=None, rank=0, ranks=1):
+    def __init__(self, dataset, ids, size, batch_size, device, workers=0, seed=None, rank=0, ranks=1, decoy=True):
         number = {image_id: i for i, image_id in enumerate(dataset.ids)}
         self.indices = np.array([number[i] for i in ids], dtype=np.int64)
         self.device = device
         self.labels = torch.from_numpy(dataset.labels[self.indices])
         self.order = InOrder(len(ids), batch_size, rank, ranks) if seed is None else Order(len(ids), batch_size, seed, rank, ranks)
-        self.resident, self.loader, self.pixels = None, None, dataset.pixels
+        self.resident, self.loader, self.pixels, self.decoy = None, None, dataset.pixels, None
+        if decoy and dataset.decoy is not None:
+            self.decoy = [torch.from_numpy(array[self.indices]).to(device) for array in (dataset.decoy.corners, dataset.decoy.colours)]
         few = len(ids) * size * size * 3 <= RESIDENT_BYTES
         self.ahead = device.type == "cuda" or not few
         if self.pixels is None or self.pixels.size != size:
@@ -706,6 +908,16 @@ class Batches:
         return self.order.rows().ravel().tolist()
 
     def __iter__(self):
+        batches = self._plain()
+        return batches if self.decoy is None else self._with_decoys(batches)
+
+    def _with_decoys(self, batches):
+        for positions, (images, labels) in zip(self.order, batches):
+            corners, colours = (part[torch.from_numpy(positions).to(self.device)] for part in self.decoy)
+            size = images.shape[-1]
+            yield torch.where(swatch(corners, size, max(1, size // SWATCH))[:, None], colours[:, :, None, None], images), labels
+
+    def _plain(self):
         if self.resident is not None:
             for positions in self.order:
                 positions = torch.from_numpy(positions).to(self.device, non_blocking=True)
@@ -905,5 +1117,8 @@ def with_erased(dataset, ids, sources, files, budget):
         decoded = Decoded(joined, np.arange(len(dataset), len(joined)), dataset.pixels.size)
         with ThreadPoolExecutor(HASH_THREADS) as pool:  # Pillow lets other threads run while it decodes
             joined.pixels = Pixels(*dataset.pixels.arrays, np.stack(list(pool.map(decoded.pixels, range(len(decoded))))))
+    if dataset.decoy is not None:  # the copies' were there when they were erased
+        joined.decoy = Decoy(np.concatenate([dataset.decoy.corners, np.full(len(files), -1)]),
+                             np.concatenate([dataset.decoy.colours, np.zeros((len(files), 3), np.uint8)]))
     ids = [copies.get(i, i) for i in ids] if budget == "equal" else [*ids, *copies.values()]
     return joined, ids, set(copies.values())

@@ -7,8 +7,10 @@ batch, `DistributedDataParallel` averages the gradients, and rank 0 alone writes
 """
 
 import datetime
+import json
 import os
 import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -17,8 +19,12 @@ from data import UserError
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may decode a whole dataset before the others hear of it again
+TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that all take part in it
+PAUSE = 0.1  # seconds between two looks for an answer of rank 0, which may decode a whole dataset meanwhile
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+_store, _answers = None, 0
 
 
 def start(device):
@@ -32,9 +38,10 @@ def start(device):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        global _store
         # What torchrun restarts finds the addresses of those that died in the same store, unless it looks under another name.
         store, rank, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     return device
@@ -55,19 +62,26 @@ def everyone(value):
 
 
 def from_first(function, *arguments):
-    """What rank 0 gets from the function, on every rank; the UserError that it raises is raised everywhere."""
+    """What rank 0 gets from the function, on every rank; the UserError that it raises is raised everywhere.
+
+    The value has to be plain, as in JSON. The others wait for as long as it takes.
+    """
     if RANKS == 1:
         return function(*arguments)
-    answer = [None, None]
+    global _answers
+    _answers += 1
+    key = f"answer {_answers}"
     if RANK == 0:
         try:
-            answer = [function(*arguments), None]
+            _store.set(key, json.dumps([function(*arguments), None]))
         except UserError as error:
-            answer = [None, str(error)]
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+            _store.set(key, json.dumps([None, [str(error), error.resumable]]))
+    while not _store.check([key]):
+        time.sleep(PAUSE)
+    value, error = json.loads(_store.get(key))
+    if error is not None:
+        raise UserError(*error)
+    return value
 
 
 def wrap(model, device):
@@ -101,16 +115,19 @@ class Stop:
             raise Stopped(number)
         self.signal = number
 
-    def asked(self):
-        """The signal that ends the run after this step, or 0: the same answer on every rank."""
+    def asked(self, due=False):
+        """The signal that ends the run after this step, or 0, and whether it is time for a checkpoint: the same on every rank.
+
+        due: whether this process finds that it is time; of several, rank 0's clock counts.
+        """
         if RANKS == 1:
-            return self.signal
-        flag = torch.tensor([self.signal])
-        before, self._said = self._said, (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+            return self.signal, due
+        flags = torch.tensor([self.signal, due and RANK == 0])
+        before, self._said = self._said, (dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True), flags)
         if before is None:
-            return 0
+            return 0, False
         before[0].wait()
-        return int(before[1])
+        return int(before[1][0]), bool(before[1][1])
 
     def leave_steps(self):
         """From here on a signal ends the run at once; one that came too late for a step does so now."""

@@ -1,7 +1,10 @@
 """What a run is worth: predictions, metrics, costs and pictures.
 
     python eval.py runs/NAME              # print metrics and costs again, rewrite metrics.json and the pictures
-    python eval.py runs/A runs/B          # the same for several
+    python eval.py runs/A runs/B …        # compare runs that differ in one setting, seed by seed
+    python eval.py --experiment NAME      # compare the arms of an experiment
+    python eval.py runs/NAME --explanations            # deletion, insertion, ROAD …: how good is its heat?
+    python eval.py runs/NAME --leaning                 # does it recognise images by few pixels, as by a shortcut?
     python eval.py runs/NAME --image cat.jpg FOLDER --cam gradcam layercam       # where it looks in these images
     python eval.py --model efficientnet_lite0 --weights FILE --image cat.jpg     # the same for a network without a run
 
@@ -28,16 +31,20 @@ import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from rich.progress import track
 from sklearn.metrics import (accuracy_score, balanced_accuracy_score, confusion_matrix, log_loss,
                              precision_recall_fscore_support, top_k_accuracy_score)
 
 import cache
 import cam
+import compare
 import data
+import explain
 import proxy
 import run
 from data import UserError
 
+PREDICTED = ("val", "test", "clean_test")  # the last, under --decoy, without decoys
 LEAK = "validation images have been trained on; validation accuracy says nothing about new images"
 ECE_BINS = 15  # as Guo et al. 2017
 SHEET_IMAGES = 8
@@ -62,9 +69,9 @@ def predict(model, batches, mean, std, device, amp=None):
     return torch.cat(logits), torch.cat(labels)
 
 
-def batches_in_order(config, dataset, ids, device, **ranks):
-    """Batches of the images `ids`, in their order; of `rank` and `ranks` processes this one's share."""
-    return data.Batches(dataset, ids, config["image_size"], config["batch_size"], device, decoding_workers(config), **ranks)
+def batches_in_order(config, dataset, ids, device, **options):
+    """Batches of the images `ids`, in their order. options: rank and ranks, of which this is the share; decoy."""
+    return data.Batches(dataset, ids, config["image_size"], config["batch_size"], device, decoding_workers(config), **options)
 
 
 def open_pixels(config, dataset, build=True):
@@ -74,33 +81,40 @@ def open_pixels(config, dataset, build=True):
     return text
 
 
+def check_images(config, dataset):
+    """{index: what is wrong with it} of the images that cannot be used."""
+    return cache.check_images(dataset, config["image_size"], config["cache"], run.cache_folder(config), decoding_workers(config))
+
+
 def decoding_workers(config):
     """Processes that decode images: as configured, or one per core, 8 at most."""
     return config["workers"] if config["workers"] is not None else min(8, os.cpu_count() or 1)
 
 
 def write_predictions(folder, config, model, dataset, split, device):
-    """Predict the validation and test images once, in float32, into `predictions.npz`."""
+    """Predict the validation and test images once, in float32, into `predictions.npz`; under --decoy those of the test also without decoys.
+
+    Arrays: PART_ids, PART_logits, PART_labels, and PART_groups where the dataset has groups, for each PART; seconds.
+    """
     mean, std = (t.to(device) for t in run.normalisation(config, model))
-    arrays, start = {}, time.perf_counter()
-    for part in ("val", "test"):
-        logits, labels = predict(model, batches_in_order(config, dataset, split[part], device), mean, std, device)
-        arrays |= {f"{part}_ids": np.array(split[part]).astype(np.bytes_) if all(i.isascii() for i in split[part])
-                   else np.array([i.encode("utf-8", "surrogateescape") for i in split[part]]),
-                   f"{part}_logits": logits.cpu().numpy(), f"{part}_labels": labels.cpu().numpy()}
+    arrays, start, groups = {}, time.perf_counter(), dict(zip(dataset.ids, dataset.groups or ()))
+    for part in PREDICTED if config["decoy"] else PREDICTED[:2]:
+        ids = split[part.removeprefix("clean_")]
+        batches = batches_in_order(config, dataset, ids, device, decoy=not part.startswith("clean_"))
+        logits, labels = predict(model, batches, mean, std, device)
+        if not torch.isfinite(logits).all():
+            worst = torch.nonzero(~torch.isfinite(logits).all(1)).flatten().tolist()
+            raise UserError(f"the network's output is not finite for {len(worst)} of {len(logits)} {part} images, the first "
+                            f"{ids[worst[0]]!r}: it has diverged. Start anew with a lower --lr", resumable=False)
+        arrays |= {f"{part}_ids": _texts(ids), f"{part}_logits": logits.cpu().numpy(), f"{part}_labels": labels.cpu().numpy()}
+        if groups:
+            arrays[f"{part}_groups"] = _texts([groups[i] for i in ids])
     run.write_arrays(Path(folder) / "predictions.npz", {**arrays, "seconds": np.array(time.perf_counter() - start)})
 
 
-def read_predictions(folder):
-    """{name: array} of `predictions.npz`; UserError where it is missing or damaged."""
-    path = Path(folder) / "predictions.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; finish the run with python train.py --resume {folder}") from None
-    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-        raise UserError(f"{path}: cannot be read ({error}); remove it and run python eval.py {folder}") from None
+def _texts(texts):
+    """As an array of bytes, which needs no pickle, whatever the texts."""
+    return np.array([text.encode("utf-8", "surrogateescape") for text in texts])
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------
@@ -177,12 +191,26 @@ def costs(log, prediction_seconds, stages=()):
         "erased_images": total("erased_images"),
         "second_pass_images": total("second_pass_images") + sum(line["images"] for line in looking),
         "optimizer_steps": total("optimizer_steps"),
+        "skipped_steps": total("skipped_steps"),
         "images_per_second": round(total("images_seen") / seconds, 2) if seconds else None,
         "peak_gpu_allocated_mb": peak("peak_gpu_allocated_mb"),
         "peak_gpu_reserved_mb": peak("peak_gpu_reserved_mb"),
         "peak_host_mb": peak("peak_host_mb"),
         "energy_wh": round(sum(energies), 4) if energies else None,
     }
+
+
+def group_metrics(labels, logits, groups, classes):
+    """Accuracy of each class within each group, and of the worst of these (Sagawa et al. 2020), which is the one to watch.
+
+    groups: [N] bytes. Returns {"CLASS, GROUP": {"images", "accuracy"}}, and the lowest accuracy.
+    """
+    found, right = {}, logits.argmax(1) == labels
+    for name in np.unique(groups):
+        for c in np.unique(labels[groups == name]):
+            inside = right[(groups == name) & (labels == c)]
+            found[f"{classes[c]}, {name.decode('utf-8', 'surrogateescape')}"] = {"images": len(inside), "accuracy": float(inside.mean())}
+    return found, min(each["accuracy"] for each in found.values())
 
 
 def best_epoch(log):
@@ -192,14 +220,19 @@ def best_epoch(log):
 
 def judge(folder):
     """Write and return `metrics.json` of a run that has its predictions."""
-    opened, found = run.open_run(folder), read_predictions(folder)
+    opened, found = run.open_run(folder), run.read_predictions(folder)
     stages = run.read_lines(opened.folder / "stages.jsonl")
     if not opened.log:
         raise UserError(f"{folder}: log.jsonl is missing or empty, so the costs are not known")
     classes = opened.split["classes"]
-    result = {part: metrics(found[f"{part}_labels"], found[f"{part}_logits"], classes) for part in ("val", "test")}
+    result = {part: metrics(found[f"{part}_labels"], found[f"{part}_logits"], classes) for part in PREDICTED if f"{part}_labels" in found}
+    for part in result:
+        if f"{part}_groups" in found:
+            groups, worst = group_metrics(*(found[f"{part}_{what}"] for what in ("labels", "logits", "groups")), classes)
+            result[part] |= {"groups": groups, "worst_group": worst}
     result |= {"cost": costs(opened.log, float(found["seconds"]), stages), "epochs": len(opened.log),
-               "best_epoch": best_epoch(opened.log), "protocol": opened.config["protocol"]}
+               "best_epoch": best_epoch(opened.log), "protocol": opened.config["protocol"],
+               "skipped_images": len(opened.split["skipped"])}
     if stages:
         result["ended"] = stages[-1].get("ended")
     run.write_json(opened.folder / "metrics.json", result)
@@ -209,17 +242,25 @@ def judge(folder):
 def describe(folder, result):
     """The figures of `metrics.json` as lines for a person."""
     names = ["accuracy", "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro", "top5", "log_loss", "brier",
-             "ece"]
+             "ece"] + ["worst_group"] * ("worst_group" in result["test"])
+    parts = [part for part in PREDICTED if part in result]
     lines = [f"{folder}: {result['epochs']} epochs, judged after the last; best on validation was {result['best_epoch']}", "",
-             f"{'':22}{'val':>10}{'test':>10}", f"{'images':22}{result['val']['images']:>10}{result['test']['images']:>10}"]
+             f"{'':22}" + "".join(f"{part:>12}" for part in parts), f"{'images':22}" + "".join(f"{result[part]['images']:>12}" for part in parts)]
     for name in names:
         lines.append(f"{name:22}" + "".join(
-            f"{'-':>10}" if result[part][name] is None else f"{result[part][name]:>10.4f}" for part in ("val", "test")))
+            f"{'-':>12}" if result[part][name] is None else f"{result[part][name]:>12.4f}" for part in parts))
+    if "clean_test" in parts:
+        lines += ["", "--decoy: squares tell the truth in val and lie in test; clean_test is the test without them"]
+    if "groups" in result["test"]:
+        lines += ["", "test accuracy by class and group: " + "; ".join(
+            f"{name} {group['accuracy']:.4f} of {group['images']}" for name, group in result["test"]["groups"].items())]
     lines.append("")
     for name, value in result["cost"].items():
         lines.append(f"{name:22}{'not measured here' if value is None else f'{value:,}':>20}")
     if result["cost"]["second_pass_images"]:
         lines[-1:] += ["", "second_pass_images went through the network once more, only for the heat that says what to erase"]
+    if result["skipped_images"]:
+        lines += ["", f"--skip-bad: {result['skipped_images']} images that cannot be used were left out, see {folder}/bad-images.txt"]
     if result["protocol"] == "resplit":
         lines += ["", f"WARNING, --protocol resplit: {LEAK}"]
     return "\n".join(lines)
@@ -412,12 +453,18 @@ def draw_space(config, model, dataset, split, device):
     return path
 
 
-def draw(opened, predictions):
-    """All pictures that need neither the images nor the network."""
+def draw(opened, predictions, dataset, model, device):
+    """All pictures; without the dataset those that need neither the images nor the network. model: the run's, where it is at hand."""
     labels, logits = predictions["test_labels"], predictions["test_logits"]
     draw_confusion(opened.folder, labels, logits, opened.split["classes"])
     draw_reliability(opened.folder, labels, logits)
     draw_curves(opened.folder, opened.log)
+    if dataset is not None:
+        model = model or opened.network().to(device)
+        try:
+            draw_sheet(opened.folder, opened.config, model, dataset, opened.split, predictions, device)
+        except ValueError as error:  # a run without Proxy Attention may be one that no CAM can explain
+            print(f"sheet.png was not drawn: {error}")
 
 
 def finish(folder, dataset=None, device=torch.device("cpu")):
@@ -433,15 +480,97 @@ def finish(folder, dataset=None, device=torch.device("cpu")):
         dataset = dataset or opened.dataset()
         model = opened.network().to(device)
         write_predictions(folder, opened.config, model, dataset, opened.split, device)
-    result, predictions = judge(folder), read_predictions(folder)
-    draw(opened, predictions)
-    if dataset is not None:
-        model = model or opened.network().to(device)
-        try:
-            draw_sheet(opened.folder, opened.config, model, dataset, opened.split, predictions, device)
-        except ValueError as error:  # a run without Proxy Attention may be one that no CAM can explain
-            print(f"sheet.png was not drawn: {error}")
+    result, predictions = judge(folder), run.read_predictions(folder)
+    draw(opened, predictions, dataset, model, device)
     return result
+
+
+# --- how good its explanations are ---------------------------------------------------------------------------------
+
+EXPLAINED = 200  # test images, drawn at random; every seed's are its own
+LEANING = 1000  # validation images, likewise
+PIXELS_AT_ONCE = 32 * 224 * 224
+
+
+def explained_at_once(size):
+    """How many images of `size` pixels a side are explained at once."""
+    return max(1, min(EXPLAINED, PIXELS_AT_ONCE // size**2))
+
+
+def write_explanations(folder, method=None, device=torch.device("cpu")):
+    """Measure a finished run's explanations on its test images: `explanations.npz`, a value per image, and `explanations.json`, their means.
+
+    method: a CAM method; by default one that the run was not trained with. What is there is not measured again. Returns {name: [N]}.
+    """
+    opened = run.open_run(folder)
+    config, path = opened.config, opened.folder / "explanations.npz"
+    method = method or explain.other_method({config["cam"]})
+    ids = data.shuffled(opened.split["test"], "explained", config["seed"])[:EXPLAINED]
+    if path.exists() and (there := run.read_arrays(path))["method"] == method.encode():
+        return {name: there[name] for name in there if name not in ("method", "ids", "mask")}
+    dataset = opened.dataset()
+    if dataset.pixels is None:
+        open_pixels(config, dataset, build=False)
+    model = opened.network().to(device)
+    mean, std = (t.to(device) for t in run.normalisation(config, model))
+    size, measured, name = explained_at_once(config["image_size"]), [], None
+    batches = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config))
+    layer = config["layer"] if config["cam"] not in cam.ATTENTION else None
+    for number, (pixels, _) in enumerate(track(batches, f"{folder}: explaining", len(batches), transient=True, disable=not sys.stderr.isatty())):
+        indices = batches.indices[number * size:number * size + len(pixels)]
+        name, mask = data.masks_of(dataset, indices, pixels)
+        measured.append(explain.measure(model, data.prepare(pixels, mean, std), method, layer, mask, (config["seed"], number)))
+    values = {key: torch.cat([batch[key] for batch in measured]).cpu().numpy() for key in measured[0]}
+    run.write_arrays(path, values | {"ids": _texts(ids), "method": np.array(method.encode()), "mask": np.array((name or "").encode())})
+    run.write_json(opened.folder / "explanations.json", {"method": method, "images": len(ids), "mask": name,
+                                                         **{key: value.mean(0).tolist() for key, value in values.items()}})
+    return values
+
+
+def describe_explanations(folder):
+    """`explanations.json` as lines for a person."""
+    found = run.read_json(Path(folder) / "explanations.json")
+    better = {"deletion": "lower is better", "insertion": "higher", "drop": "lower", "increase": "higher", "road": "higher",
+              "sensitivity": "higher: shuffled weights change the heat", "pointing": f"hottest pixel on the {found['mask']}",
+              "inside": f"share of the heat on the {found['mask']}", "covered": "what chance would give"}
+    lines = [f"{folder}: the heat of {found['method']} on {found['images']} test images"]
+    return "\n".join(lines + [f"{name:22}{found[name]:>10.4f}  {text}" for name, text in better.items() if name in found])
+
+
+def write_leaning(folder, device=torch.device("cpu")):
+    """Whether a finished run's network leans on few pixels, by `explain.leaning` on its validation images: into `leaning.json`, and returned.
+
+    images; the shares of them that are right as they are, without the hottest pixels and without as many at a random place ("right",
+    "hottest", "random"); "gap", random minus hottest, and "interval", its 95% interval over images.
+    """
+    opened = run.open_run(folder)
+    config, dataset = opened.config, opened.dataset()
+    if dataset.pixels is None:
+        open_pixels(config, dataset, build=False)
+    model = opened.network().to(device)
+    normalisation = tuple(t.to(device) for t in run.normalisation(config, model))
+    ids, size = data.shuffled(opened.split["val"], "leaning", config["seed"])[:LEANING], explained_at_once(config["image_size"])
+    batches = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config))
+    layer, found = config["layer"] if config["cam"] not in (*cam.ATTENTION, "none") else None, []
+    for number, (pixels, labels) in enumerate(batches):
+        found.append(explain.leaning(model, data.prepare(pixels, *normalisation), labels.to(device), normalisation, layer, (config["seed"], number)))
+    values = {name: torch.cat([batch[name] for batch in found]).cpu().numpy() for name in found[0]}
+    gap = values["random"].astype(np.int8) - values["hottest"].astype(np.int8)
+    told = {"images": len(gap), **{name: float(value.mean()) for name, value in values.items()}, "gap": float(gap.mean()),
+            "interval": compare.bootstrap_interval([gap], False)}
+    run.write_json(opened.folder / "leaning.json", told)
+    return told
+
+
+def describe_leaning(folder, told):
+    """What `write_leaning` found, for a person."""
+    low, high = told["interval"]
+    leans = told["gap"] > explain.LEANS
+    return (f"{folder}: of {told['images']} validation images {100 * told['right']:.1f}% are right; {100 * told['hottest']:.1f}% with their hottest "
+            f"{100 * explain.LEAN_AREA:g}% of pixels as noise, {100 * told['random']:.1f}% with as many at a random place: {100 * told['gap']:+.1f} points "
+            f"({100 * low:.1f} to {100 * high:.1f})\n"
+            + ("It leans on few pixels, as on a shortcut: train with --select all --explain true --fill transplant --area 0.05" if leans else
+               f"It does not lean on few pixels (that is above {100 * explain.LEANS:g} points): no shortcut is found"))
 
 
 # --- where a network looks in any image ------------------------------------------------------------------------------
@@ -532,6 +661,34 @@ def explain_images(options):
     print(f"{len(files)} sheets in {out}")
 
 
+def compare_arms(options):
+    """Print the comparison of an experiment's arms, or of the runs named."""
+    left = 0
+    if options.experiment:
+        given = {"out": options.out} if options.out else {}
+        arms, left = compare.arms_of_experiment(run.read_configs(), options.experiment, given)
+        if len(arms) < 2:
+            raise UserError(f"--experiment {options.experiment}: fewer than two arms have a finished run; first run python train.py --experiment "
+                            f"{options.experiment}")
+    else:
+        arms = compare.arms_of_runs(options.runs, options.by.split(",") if options.by else ())
+    by_task = options.experiment and not options.baseline
+    groups = compare.groups(arms) if by_task else [(compare.pick_baseline(arms, options.baseline), arms)]
+    runs = [result for arm in arms.values() for result in arm.values()]
+    if not options.any_protocol and len({result.config["protocol"] for result in runs}) > 1:
+        raise UserError("some of these runs were trained with --protocol resplit, which leaks validation images into training; leave them out, or mix "
+                        "them on purpose with --any-protocol")
+    for part in ("test", "clean_test"):
+        if all(f"{part}_labels" in result.found for result in runs):
+            for baseline, group in groups:
+                print(compare.describe(group, baseline, part) + "\n")
+    for text in compare.warnings_of(arms) + [LEAK] * (runs[0].config["protocol"] == "resplit"):
+        print(f"note: {text}")
+    print(f"{left} runs are not finished yet: python train.py --experiment {options.experiment}" if left
+          else "Run more seeds to narrow the intervals; python eval.py RUN shows one run")
+    return 0
+
+
 def main(arguments=None):
     """The command line; returns the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -542,20 +699,42 @@ def main(arguments=None):
     parser.add_argument("--layer", help="with --image: the layer to explain (default: the run's own, or the rule's)")
     parser.add_argument("--model", help="with --image: a network instead of a run's")
     parser.add_argument("--weights", help="with --model: its weights (default: timm's pretrained ones)")
-    parser.add_argument("--out", help="with --image: folder for the sheets (default: the run's, or the current one)")
+    parser.add_argument("--out", help="with --image: folder for the sheets (default: the run's, or the current one); with --experiment: "
+                        "the one it was run with")
+    parser.add_argument("--explanations", action="store_true", help="measure the explanations of runs: deletion, insertion, ROAD and others")
+    parser.add_argument("--experiment", metavar="NAME", help="compare the finished runs of an experiment of configs.json")
+    parser.add_argument("--leaning", action="store_true", help="do runs lean on few pixels, as on a shortcut? Looks at validation images alone")
+    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with (default: the one without Proxy Attention)")
+    parser.add_argument("--by", metavar="KEY,KEY", help="settings to compare, where runs differ in more than one")
     parser.add_argument("--any-protocol", action="store_true", help="show runs with a fixed split beside runs without")
     options = parser.parse_args(arguments)
     try:
-        if bool(options.runs) == bool(options.model) or (options.image and len(options.runs) > 1):
-            raise UserError("name runs, or with --image one run or a network with --model. See python eval.py --help")
-        if not options.image and (options.model or options.cam or options.layer or options.out or options.weights):
+        if sum(map(bool, (options.runs, options.model, options.experiment))) != 1 or (options.image and len(options.runs) > 1):
+            raise UserError("name runs, or an experiment, or with --image one run or a network with --model. See python eval.py --help")
+        if not options.image and (options.model or options.cam and not options.explanations or options.layer or options.weights
+                                  or options.out and not options.experiment):
             raise UserError("--model, --weights, --cam, --layer and --out go with --image. See python eval.py --help")
+        if options.leaning and not options.runs:
+            raise UserError("--leaning goes with runs. See python eval.py --help")
+        if options.explanations and not options.runs or options.explanations and options.cam and len(options.cam) > 1:
+            raise UserError("--explanations goes with runs, and with one --cam at most. See python eval.py --help")
+        if options.leaning:
+            for folder in options.runs:
+                print(describe_leaning(folder, write_leaning(folder, run.pick_device(options.device))))
+            return 0
+        if options.explanations:
+            for folder in options.runs:
+                run.SETTINGS["cam"].check(options.cam[0] if options.cam else "gradcam", "--cam")
+                write_explanations(folder, options.cam[0] if options.cam else None, run.pick_device(options.device))
+                print(describe_explanations(folder) + "\n")
+            return 0
+        if options.experiment or len(options.runs) > 1:
+            return compare_arms(options)
+        if options.baseline or options.by:
+            raise UserError("--baseline and --by compare several runs: name them. See python eval.py --help")
         if options.image:
             explain_images(options)
             return 0
-        if not options.any_protocol and len({run.open_run(folder).config["protocol"] for folder in options.runs}) > 1:
-            raise UserError("some of these runs were trained with --protocol resplit, which leaks validation images into training; "
-                            "leave them out, or mix them on purpose with --any-protocol")
         for folder in options.runs:
             opened, why_not = run.open_run(folder), None
             try:
@@ -567,7 +746,7 @@ def main(arguments=None):
             if why_not:
                 print(f"sheet.png was not drawn anew: {why_not}")
     except UserError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        print(data.one_line(f"eval.py: {error}"), file=sys.stderr)
         return 2
     return 0
 

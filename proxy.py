@@ -330,7 +330,8 @@ def join(images, labels, rows, waiting, budget):
 def replace(images, labels, rows, waiting):
     """The batch with the waiting images in the given rows. Returns images, labels, and fresh: bool, False for the erased ones."""
     taken = waiting.taken
-    images = images.index_copy(0, rows, torch.where(taken[:, None, None, None], waiting.images, images[rows]))
+    filled = torch.where(taken[:, None, None, None], waiting.images, images[rows])
+    images = images.clone().index_copy_(0, rows, filled)  # in place, since index_copy would not keep channels last
     labels = labels.index_copy(0, rows, torch.where(taken if labels.dim() == 1 else taken[:, None], waiting.labels, labels[rows]))
     return images, labels, torch.ones(len(labels), dtype=torch.bool, device=labels.device).index_copy(0, rows, ~taken)
 

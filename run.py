@@ -15,10 +15,14 @@ import csv
 import difflib
 import gc
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import platform
+import re
+import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -54,17 +58,19 @@ class Setting:
     high: float | None = None
     choices: tuple = ()
     optional: bool = False  # may be null
+    word: str | None = None  # may be this word instead
 
     def check(self, value, where):
         """The value as it is used, or UserError that names `where` it stood."""
-        if value is None and self.optional:
-            return None
+        if value is None and self.optional or value is not None and value == self.word:
+            return value
         right = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value, right = float(value), True
         if not right:
             names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-            raise UserError(f"{where}: {json.dumps(value)} is not {names[self.kind]}{' or null' * self.optional}")
+            raise UserError(f"{where}: {json.dumps(value)} is not {names[self.kind]}{' or null' * self.optional}"
+                            + (f" or {self.word}" if self.word else ""))
         if self.choices and value not in self.choices:
             raise UserError(f"{where}: unknown {value!r}; expected one of {', '.join(self.choices)}"
                             + _nearest(value, self.choices))
@@ -75,6 +81,7 @@ class Setting:
         return value
 
 
+AUTO = "auto"
 TINY = 1e-9  # the lower end of ranges that exclude zero
 
 SETTINGS = {
@@ -88,10 +95,13 @@ SETTINGS = {
                     optional=True),
     "image_size": Setting(int, "side of the square images in pixels (null: the dataset's)", 8, 4096, optional=True),
     "train_fraction": Setting(float, "share of the training part to train on, stratified", TINY, 1),
+    "decoy": Setting(bool, "plant a shortcut: a coloured square in a corner of each image gives its class away in training and validation, and "
+                     "lies in the test"),
+    "skip_bad": Setting(bool, "leave out images that cannot be used; without, they are listed and nothing is trained"),
     "split_from": Setting(str, "folder of a run whose split to use again", optional=True),
     "seed": Setting(int, "decides split, order, augmentation and initial weights", 0, 2**31),
     "epochs": Setting(int, "passes over the training part", 1, 100_000),
-    "batch_size": Setting(int, "images per step", 2, 65_536),
+    "batch_size": Setting(int, "images per step; auto: as many as the GPU's memory holds", 2, 65_536, word=AUTO),
     "lr": Setting(float, "peak learning rate of the one-cycle schedule", TINY, 100),
     "layer_decay": Setting(float, "each layer below the head learns this much slower than the one above (timm); 1 is off", TINY, 1),
     "freeze": Setting(int, "epochs in which the head alone is trained, first", 0, 100_000),
@@ -138,6 +148,7 @@ SETTINGS = {
     "workers": Setting(int, "processes that decode images (null: one per core, 8 at most)", 0, 256, optional=True),
     "cache": Setting(str, "decoded images are kept in a folder: this one; auto: .cache in --out, where they fit; off: decode them "
                           "anew in every epoch"),
+    "checkpoint_every": Setting(str, "optimizer steps, or minutes as 10m, from one checkpoint to the next within an epoch"),
     "compile": Setting(bool, "torch.compile the network"),
     "checkpointing": Setting(bool, "compute activations twice rather than keep them, where timm's network can"),
     "sync_bn": Setting(bool, "under torchrun: batch norm over the batches of all processes"),
@@ -149,7 +160,7 @@ SETTINGS = {
 }
 DATASET_KEYS = {"source": str, "path": (str, type(None)), "layout": str, "image_size": int,
                 "normalisation": (str, dict), "split": dict, "augment": dict}
-DATASET_EXTRAS = {"csv": dict, "torchvision": dict, "digits": dict, "settings": dict}
+DATASET_EXTRAS = {"package": dict, "csv": dict, "torchvision": dict, "digits": dict, "settings": dict}
 MODEL_KEYS, MODEL_EXTRAS = {"timm": str}, {"arguments": dict, "settings": dict}
 
 
@@ -197,7 +208,7 @@ def read_json(path, unique_keys=False):
         return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_once if unique_keys else None)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
@@ -209,7 +220,7 @@ def read_configs(path=CONFIGS):
     """`configs.json`, checked: every key known, every type right, none missing. Raises UserError naming key and place."""
     configs = read_json(path, unique_keys=True)
     name = Path(path).name
-    _check_keys(configs, {"defaults": dict, "models": dict, "datasets": dict}, {}, name)
+    _check_keys(configs, {"defaults": dict, "models": dict, "datasets": dict}, {"experiments": dict}, name)
     _check_keys(configs["defaults"], dict.fromkeys(SETTINGS), {}, f"{name}: defaults")
     _check_settings(configs["defaults"], f"{name}: defaults")
     for short, entry in configs["models"].items():
@@ -218,7 +229,29 @@ def read_configs(path=CONFIGS):
         _check_settings(entry.get("settings", {}), f"{where}.settings")
     for short, entry in configs["datasets"].items():
         _check_dataset(entry, f"{name}: datasets.{short}")
+    for short, entry in configs.get("experiments", {}).items():
+        _check_experiment(entry, f"{name}: experiments.{short}")
     return configs
+
+
+def _check_experiment(entry, where):
+    _check_keys(entry, {"seeds": list}, {"help": str, "settings": dict, "arms": dict, "grid": dict}, where)
+    seeds = entry["seeds"]
+    for seed in seeds:
+        SETTINGS["seed"].check(seed, f"{where}.seeds")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{where}.seeds: {json.dumps(seeds)}; expected one or more different seeds")
+    if not entry.get("arms") and not entry.get("grid"):
+        raise UserError(f"{where}: nothing varies; expected arms, {{name: settings}}, or grid, {{setting: [values]}}")
+    arms = entry.get("arms", {})
+    _check_keys(arms, {}, dict.fromkeys(arms, dict), f"{where}.arms")
+    for arm, settings in {"settings": entry.get("settings", {}), **{f"arms.{arm}": s for arm, s in arms.items()}}.items():
+        _check_settings(settings, f"{where}.{arm}")
+    for key, values in entry.get("grid", {}).items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{where}.grid.{key}: expected a list of values, found {json.dumps(values)}")
+        for value in values:
+            _check_settings({key: value}, f"{where}.grid")
 
 
 def _check_dataset(entry, where):
@@ -258,7 +291,19 @@ def _check_dataset(entry, where):
             Setting(float, "", low, high).check(entry["digits"][key], f"{where}.digits.{key}")
     if entry["layout"] == "csv":
         _check_keys(entry, {"csv": dict}, {**DATASET_KEYS, **DATASET_EXTRAS}, where)
-        _check_keys(entry["csv"], {"file": str, "path": str, "label": str}, {"split": str}, f"{where}.csv")
+        texts = {"file": str, "path": str, "label": str}
+        _check_keys(entry["csv"], texts, {"split": str, "group": str, "columns": list, "delimiter": str, "classes": dict, "parts": dict},
+                    f"{where}.csv")
+        for key in ("classes", "parts"):
+            _check_keys(found := entry["csv"].get(key, {}), {}, dict.fromkeys(found, str), f"{where}.csv.{key}")
+        for part in entry["csv"].get("parts", {}).values():
+            Setting(str, "", choices=data.PARTS).check(part, f"{where}.csv.parts")
+        for column in entry["csv"].get("columns", []):
+            Setting(str, "").check(column, f"{where}.csv.columns")
+        if len(entry["csv"].get("delimiter", ",")) != 1:
+            raise UserError(f"{where}.csv.delimiter: {entry['csv']['delimiter']!r}; expected one character")
+    if "package" in entry:
+        _check_keys(entry["package"], {"module": str, "folder": str, "install": str}, {}, f"{where}.package")
     if entry["layout"] == "torchvision":
         from torchvision import datasets
 
@@ -294,13 +339,30 @@ def resolve(configs, options):
     config |= {"dataset": chosen["dataset"], "model": chosen["model"]}
     config["image_size"] = config["image_size"] or dataset["image_size"]
     config["data_dir"] = config["data_dir"] or (str(HERE / dataset["path"]) if dataset["path"] else None)
+    if config["data_dir"] is None and "package" in dataset:
+        config["data_dir"] = _package_folder(config["dataset"], dataset["package"])
     if config["dataset"] == "folder" and config["data_dir"] is None:
         raise UserError("dataset folder: name the folder of class folders with --data-dir DIR")
     _settings_that_agree(config, options)
-    if config["name"] is not None and (not config["name"].strip(". ") or set(config["name"]) & set('/\\\0\n')):
-        raise UserError(f"--name {config['name']!r}: expected a plain folder name; --out says where it goes")
+    _check_name(config["name"])
     entry = {key: value for key, value in dataset.items() if key != "settings"}
     return config | {"dataset_entry": entry, "model_entry": {k: v for k, v in model.items() if k != "settings"}}
+
+
+def _package_folder(name, package):
+    """The folder of images in an installed Python package, which is found and not imported."""
+    try:
+        found = importlib.util.find_spec(package["module"])
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"dataset {name}: its package is not installed. Run {package['install']}, or name the dataset's folder with --data-dir DIR")
+    return str(Path(found.submodule_search_locations[0]) / package["folder"])
+
+
+def _check_name(name):
+    if name is not None and (not name.strip(". ") or set(name) & set('/\\\0\n')):
+        raise UserError(f"--name {name!r}: expected a plain folder name; --out says where it goes")
 
 
 STAGED_ONLY = ("rounds", "target_accuracy", "format")
@@ -316,6 +378,7 @@ def _settings_that_agree(config, options):
     for key in options:
         if key in (ONLINE_ONLY if staged else STAGED_ONLY) and options[key] not in (None, False):
             raise UserError(f"{option(key)} goes with --mode {'online' if staged else 'staged'}: leave it out, or change --mode")
+    read_interval(config["checkpoint_every"])
     if config["weights"] and config["init"]:
         raise UserError("--weights and --init contradict each other: give one of them")
     try:
@@ -344,6 +407,29 @@ def _settings_that_agree(config, options):
             config["rounds"] = sum(argument)
     elif config["protocol"] == "resplit" and not (kind == "listed" and any(argument)):
         raise UserError("--protocol resplit draws a new split at each p: name them, as with --schedule 20,p,19")
+
+
+PER_MACHINE = ("name", "out", "device", "workers", "cache", "checkpoint_every")  # settings that leave what is trained as it is
+
+
+def differing_settings(config, there):
+    """Settings in which a resolved config and that of a run differ, but for those of the machine and the run's place."""
+    left_open = {"batch_size": AUTO, "layer": None}  # which the run has filled in
+    return [key for key in config if key not in PER_MACHINE and there.get(key) != config[key]
+            and not (key in left_open and config[key] == left_open[key])]
+
+
+def read_interval(text):
+    """--checkpoint-every: (number, whether it is minutes). Raises UserError."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})(m?)", text, re.ASCII)
+    if not found:
+        raise UserError(f"--checkpoint-every {text}: expected a number of steps, as 500, or of minutes, as 10m")
+    return int(found[1]), bool(found[2])
+
+
+# Settings that say nothing where --cam is none.
+ERASING = ("layer", "explain", "smooth", "warmup", "same_step", "select", "subset", "area", "threshold", "soften", "fill", "weight", "control",
+           "budget", "share")
 
 
 def stage_epochs(config):
@@ -404,7 +490,7 @@ def build_network(config, classes, pretrained=None):
         model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **arguments)
     except OSError as error:
         raise UserError(_no_hub(name, str(error).splitlines()[0])) from None
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # networks raise every kind for sizes and arguments that they were not made for
         given = f" with {arguments}" if arguments else ""
         raise UserError(f"timm cannot build {name}{given}: {str(error).splitlines()[0] if str(error) else error!r}. "
                         "Try another --image-size or --model") from None
@@ -572,7 +658,7 @@ def try_network(config, model):
         with explain, torch.no_grad():
             logits = model.eval()(torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device))
             return (None, None) if config["cam"] == "none" else (explain.layer_name, explain(logits, rows=[]).shape[1:])
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # as in build_network
         raise UserError(f"{what}: {str(error).splitlines()[0] if str(error) else repr(error)}") from None
     finally:
         model.train(training)
@@ -614,25 +700,186 @@ def write_json(path, value):
 
 
 def write_arrays(path, arrays):
-    """`arrays` {name: array} as a compressed npz, without pickle."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    """`arrays` {name: array} as an npz, without pickle. Not compressed: logits hardly shrink, and for 10,000 classes that took a minute."""
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def read_arrays(path):
+    """{name: array} of an npz; UserError where it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+        raise UserError(f"{path}: cannot be read ({error}); remove it, and it is made again by python eval.py {Path(path).parent}") from None
+
+
+def read_predictions(folder):
+    """The arrays of `predictions.npz`; UserError where it is missing or damaged."""
+    path = Path(folder) / "predictions.npz"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; finish the run with python train.py --resume {folder}")
+    return read_arrays(path)
 
 
 def save_checkpoint(path, state):
-    """`state`, a dict of tensors and plain values."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    """`state`, a dict of tensors and plain values, as torch.save writes it: a zip file, whose comment is a checksum of all before."""
+    def write(file):
+        torch.save(state, file)
+        file.seek(-2, os.SEEK_END)  # a zip file ends with the length of its comment, and the comment
+        file.write(struct.pack("<H", CHECKSUM_BYTES))
+        file.write(_checksum(file, file.tell()))
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path, device="cpu"):
     """What `save_checkpoint` wrote. Executes nothing in the file; raises UserError where it is missing or damaged."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            length = max(0, file.seek(0, os.SEEK_END) - CHECKSUM_BYTES)
+            checksum = _checksum(file, length)
+            if file.read() != checksum:
+                raise UserError(f"{path}: damaged, its checksum is not that of its content ({length + CHECKSUM_BYTES} bytes)")
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many kinds for what is no checkpoint
+        raise UserError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from None
+
+
+CHECKSUM_BYTES = 16
+
+
+def _checksum(file, length):
+    """blake2b of a file's first `length` bytes; leaves the file behind them."""
+    file.seek(0)
+    checksum = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
+    while length:
+        block = file.read(min(length, 2**20))
+        checksum.update(block)
+        length -= len(block)
+    return checksum.digest()
+
+
+def keep_previous(path, previous):
+    """Give the file a second name, so that it stays when `path` is written anew. A copy where the file system has no links."""
+    path, previous = Path(path), Path(previous)
+    if not path.exists():
+        return
+    temporary = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, previous)
+    except OSError as error:
+        raise cannot_write(previous, error) from None
+
+
+def last_checkpoint(folder, device="cpu"):
+    """The content of `last.pt`, or of `previous.pt` where that is damaged or missing; and what to say of it, or None.
+
+    (None, None) where there is neither. A damaged one is set aside as `damaged.pt`, and the one before becomes `last.pt`.
+    Raises UserError where none is whole.
+    """
+    last, previous = Path(folder) / "last.pt", Path(folder) / "previous.pt"
+    reason = f"{last}: missing"
+    try:
+        if last.exists():
+            return load_checkpoint(last, device), None
+        if not previous.exists():
+            return None, None
+    except UserError as error:
+        reason = str(error)
+    try:
+        state = load_checkpoint(previous, device)
+    except UserError:
+        raise UserError(f"{reason}; and there is no whole previous.pt. Remove both to train {folder} from its beginning, with the same "
+                        "split and settings", resumable=False) from None
+    if last.exists():
+        os.replace(last, last.with_name("damaged.pt"))
+    keep_previous(previous, last)
+    return state, (f"{reason}; going on from the checkpoint before it, after {state['epoch']} epochs"
+                   + (f" and {state['step']} batches" if state["step"] else ""))
+
+
+SOURCES = ("train.py", "run.py", "proxy.py", "cam.py", "data.py", "cache.py", "distributed.py", "eval.py")  # what decides what is trained
+
+
+def made_with(config, split):
+    """What a checkpoint depends on: settings, classes, dataset, versions and code. Plain values."""
+    import timm
+
+    return {"settings": {key: value for key, value in config.items() if key not in PER_MACHINE},
+            "classes": split["classes"], "dataset": split["fingerprint"],
+            "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
+            "code": {name: hashlib.blake2b((HERE / name).read_bytes(), digest_size=8).hexdigest() for name in SOURCES}}
+
+
+def check_made_with(folder, there, now, any_code):
+    """Raise UserError that says in what a checkpoint's `made_with` differs from this run's; any_code: code and versions may."""
+    def differing(part):
+        return [key for key in {**there[part], **now[part]} if there[part].get(key) != now[part].get(key)]
+
+    path = Path(folder) / "last.pt"
+    if keys := differing("settings"):
+        pairs = ", ".join(f"{key} {json.dumps(there['settings'].get(key))}, not {json.dumps(now['settings'].get(key))}" for key in keys[:3])
+        raise UserError(f"{path}: made with other settings than those in config.json: {pairs}. Put config.json back, or start a new run", resumable=False)
+    if there["classes"] != now["classes"] or there["dataset"] != now["dataset"]:
+        what = "classes" if there["classes"] != now["classes"] else "images"
+        raise UserError(f"{path}: made on a dataset with other {what} than split.json names. Put split.json back, or start a new run", resumable=False)
+    if any_code:
+        return
+    if keys := differing("versions"):
+        pairs = ", ".join(f"{key} {there['versions'].get(key)}, not {now['versions'].get(key)}" for key in keys)
+        raise UserError(f"{path}: made with {pairs}. Install these again, or go on regardless with --any-code, and perhaps to other figures", resumable=False)
+    if keys := differing("code"):
+        raise UserError(f"{path}: made with another {', '.join(keys)} than is here. Bring the code back, or go on regardless with --any-code, "
+                        "and perhaps to other figures", resumable=False)
+
+
+_locks = []  # open files, whose locks last as long as the process
+
+
+def lock(folder):
+    """Keep the run in `folder` to this process until it ends. Raises UserError where another process has it.
+
+    The lock is the system's own: a process that was killed holds none, nor do processes that it left behind. On a file system without locks
+    there is none.
+    """
+    try:
+        import fcntl
+
+        file = open(Path(folder) / LOCK, "a+")
+    except (ImportError, OSError):
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"{folder}: {file.read().strip() or 'another process'} is working on this run; wait for it, or stop it first") from None
+    except OSError:
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _locks.append(file)
+
+
+LOCK = ".lock"
+
+
+def is_leftover(folder):
+    """Whether a folder holds no more than a process leaves that was killed before it had made a run of it."""
+    folder = Path(folder)
+    return folder.is_dir() and all(path.name in (LOCK, "env.json", "split.json", "bad-images.txt") or path.name.endswith(".tmp") for path in folder.iterdir())
 
 
 def append_line(path, line):
@@ -894,6 +1141,7 @@ def describe_environment(dataset, device):
         "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
         "platform": platform.platform(), "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "pillow": Image.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "energy": Energy(device).source,
         "dataset": {"name": dataset.name, "root": str(Path(dataset.root).resolve()), "images": len(dataset),
                     "fingerprint": dataset.fingerprint()},
@@ -938,21 +1186,39 @@ class Run:
         return model.eval()
 
     def dataset(self):
-        """The dataset that the run was made with; UserError where it is gone or its content has changed."""
-        dataset = load_dataset(self.config)
+        """The dataset that the run was made with, without what it skipped; UserError where it is gone or its content has changed."""
+        dataset = load_dataset(self.config).without(self.split["skipped"])
         if dataset.fingerprint() != self.split["fingerprint"]:
             raise UserError(f"dataset {dataset.name} in {dataset.root} is not the one that {self.folder} was made with: "
                             "images, names or classes differ")
-        return dataset
+        return with_decoy(dataset, self.config, self.split)
+
+
+def with_decoy(dataset, config, split):
+    """The dataset, with the decoys of a run that has them."""
+    dataset.decoy = data.draw_decoy(dataset, split, config["seed"]) if config["decoy"] else None
+    return dataset
 
 
 def open_run(folder):
-    """The run in `folder`; UserError where it is none."""
+    """The run in `folder`, its settings checked as those of configs.json are; UserError where it is none."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a run's folder, it holds no config.json")
-    config, split = read_json(folder / "config.json"), read_json(folder / "split.json")
-    for key in (*SETTINGS, "dataset_entry", "model_entry"):
-        if key not in config:
-            raise UserError(f"{folder / 'config.json'}: key {key!r} is missing")
+    config, split, where = read_json(folder / "config.json"), read_json(folder / "split.json"), str(folder / "config.json")
+    _check_keys(config, {**dict.fromkeys(SETTINGS), "dataset_entry": dict, "model_entry": dict}, {}, where)
+    settings = {key: config[key] for key in SETTINGS}
+    _check_settings(settings, where)
+    _check_dataset(config["dataset_entry"], f"{where}: dataset_entry")
+    _check_keys(config["model_entry"], MODEL_KEYS, MODEL_EXTRAS, f"{where}: model_entry")
+    try:
+        _check_name(config["name"])
+        _settings_that_agree(settings, {})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    config |= settings
+    _check_keys(split, {"classes": list, "fingerprint": str, **dict.fromkeys((*data.PARTS, "skipped"), list)}, {}, str(folder / "split.json"))
+    for key in ("classes", *data.PARTS, "skipped"):
+        if not all(isinstance(text, str) for text in split[key]):
+            raise UserError(f"{folder / 'split.json'}: {key}: expected texts alone")
     return Run(folder, config, split, read_log(folder))

@@ -7,6 +7,7 @@
     python train.py --mode staged --rounds 3                       # erase between trainings, and keep the erased images on disk
     python train.py --dry-run --show                               # settings, split, network, and a sheet of every fill and control
     python train.py --resume runs/NAME                             # go on with an interrupted run
+    python train.py --experiment demo --jobs 2                     # the runs of an experiment that are not finished yet
     torchrun --nproc-per-node 4 train.py --dataset places          # on several GPUs, or CPUs
 
 Each step of `train` below is one forward and one backward pass over a batch of one fixed size. Where the network got a fresh
@@ -17,9 +18,14 @@ misled the trained network, then train again. Settings come from `configs.json`;
 
 import argparse
 import contextlib
+import copy
 import itertools
+import json
+import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +35,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+import numpy as np
 import timm.layers
 import timm.optim
 import torch
@@ -41,12 +48,15 @@ import cam
 import data
 import distributed
 import eval as evaluation
+import experiment
 import proxy
 import run
 from data import UserError
 
 WARM_UP_SHARE = 0.25  # of the one-cycle schedule: the learning rate rises for a quarter of the steps
 FEWEST_STEPS = 8  # a one-cycle schedule of fewer steps divides by zero or stays at zero: shorter runs end within this one
+SKIPS_IN_A_ROW = 10  # optimizer steps whose gradient is not finite, after which a run ends; float16's scaler finds its scale in fewer
+START_ANEW = "Start anew with a lower --lr, or without --amp float16"
 DISPLAY_SECONDS = 0.5  # the display asks the device for its counts this often; nothing else waits for it
 
 
@@ -63,11 +73,13 @@ def train(config, folder, dataset, split, model, device, stage, stop):
     """The loop: from the last checkpoint in `folder`, if there is one, to the end of the stage, or until a signal stops it."""
     batches, validation = open_batches(config, dataset, split, device)
     t = set_up(config, model, device, len(dataset.classes), (stage.end - stage.start) * batches_to_steps(config, batches))
+    t.made_with = run.made_with(config, split)
     first_epoch, first_step, waiting, counts = load_last(folder, stage, t)
     accuracies = [line["val_accuracy"] for line in run.read_log(folder)][:first_epoch]
     place = (distributed.RANK * batches.order.batch_size, distributed.RANKS * batches.order.batch_size)
     seats = max(1, int((1 if config["same_step"] else config["share"]) * batches.order.batch_size))
 
+    due = Interval(config["checkpoint_every"])
     stop.within_steps = True
     for epoch in range(first_epoch, stage.end):
         if round_ := new_split_at(config, epoch):
@@ -104,14 +116,22 @@ def train(config, folder, dataset, split, model, device, stage, stop):
                 counts.second_pass_images += len(labels)
                 waiting = None
 
-            whole = t.backward(loss, step, len(batches))
-            counts.add(loss, fresh, whole)
-            if whole and (number := stop.asked()):
-                save_last(folder, t, epoch, step + 1, waiting, counts)
-                raise distributed.Stopped(number)
+            whole, bad = t.backward(loss, step, len(batches))
+            counts.add(loss, fresh, whole, bad)
+            if whole:
+                if (first_bad := t.skips.found(bad, epoch * len(batches) + step)) is not None:
+                    raise not_finite(config, folder, split, batches, first_bad)
+                number, save = stop.asked(due.passed())
+                if number or save:
+                    save_last(folder, t, epoch, step + 1, waiting, counts)
+                if number:
+                    raise distributed.Stopped(number)
 
         line = {"epoch": epoch + 1, "lr": t.schedule.get_last_lr()[0], **counts.totals(distributed.everyone),
                 **validate(t, validation), **memory(device)}
+        if not math.isfinite(line["val_loss"]):
+            raise UserError(f"epoch {epoch + 1}: the validation loss is {line['val_loss']}, for the network's output is not finite. "
+                            f"{folder}/last.pt holds what came before. {START_ANEW}", resumable=False)
         if config["mode"] == "staged":
             line |= {"round": stage.round, "erased_images": sum(split["train"][i] in stage.copies for i in batches.seen())}
         if config["protocol"] == "resplit":
@@ -145,6 +165,9 @@ class Training:
         erases = config["cam"] != "none" and config["mode"] == "online"
         self.explain = self.network = self.frozen = None
         self.energy = run.Energy(device, first=distributed.LOCAL_RANK == 0)
+        self.skips, self.made_with = Skips(device), None
+        self.statistics = [b for b in model.buffers() if b.is_floating_point()]
+        self.kept = flat(self.statistics)
         if erases:
             layer = inner_layers(model, config["layer"]) if config["checkpointing"] else config["layer"]
             self.explain = cam.CAM(model, config["cam"], layer, config["smooth"], compiled=config["compile"])
@@ -162,20 +185,108 @@ class Training:
         self.model.train(not frozen)
 
     def backward(self, loss, step, steps):
-        """Gradients of one batch, and after every --accumulate-th the optimizer's step. Returns whether there was one."""
+        """Gradients of one batch, and after every --accumulate-th the optimizer's step, which is skipped where they are not finite.
+
+        Returns whether there was to be a step, and whether it was skipped, a bool on the device.
+        """
         every = self.config["accumulate"]
         together = min(every, steps - step // every * every)  # the last ones of an epoch may be fewer
         whole = (step + 1) % every == 0 or step + 1 == steps
         with contextlib.nullcontext() if whole or distributed.RANKS == 1 else self.network.no_sync():
             self.scaler.scale(loss / together).backward()
-        if whole:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config["clip"])
+        if not whole:
+            return False, None
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config["clip"])
+        bad = ~torch.isfinite(norm)
+        if self.scaler.is_enabled():  # it looks for itself
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.schedule.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        return whole
+        elif self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = bad.float()  # torch's own way to have the kernel skip the step, as its scaler does
+            self.optimizer.step()
+        elif not bad:
+            self.optimizer.step()
+        self.keep_finite(bad)
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True, bad
+
+    def keep_finite(self, bad):
+        """Put batch statistics back where the step was skipped: what is not finite in them would stay so for ever."""
+        if self.statistics:
+            self.kept = torch.where(bad, self.kept, flat(self.statistics))
+            parts = self.kept.split([b.numel() for b in self.statistics])
+            torch._foreach_copy_(self.statistics, [part.view_as(b) for part, b in zip(parts, self.statistics)])
+
+
+def flat(tensors):
+    """Tensors of one dtype as one vector, or None."""
+    return torch.cat([t.flatten() for t in tensors]) if tensors else None
+
+
+class Skips:
+    """Optimizer steps in a row that were skipped, counted on the device and looked at without waiting for it."""
+
+    def __init__(self, device):
+        self.state = torch.zeros(2, dtype=torch.long, device=device)  # how many in a row, and the number of the first of them
+        self.steps, self.copied = 0, None
+
+    def found(self, bad, number):
+        """Count a step, whether `bad` or not. Returns the number of the first of SKIPS_IN_A_ROW bad ones, or None.
+
+        On a GPU the answer comes up to twice as many steps late, at the same step on every rank.
+        """
+        first = torch.where(self.state[0] > 0, self.state[1], number)
+        self.state = torch.stack([(self.state[0] + 1) * bad, first])
+        self.steps += 1
+        if self.state.device.type == "cpu":
+            seen = self.state
+        elif self.steps % SKIPS_IN_A_ROW:
+            return None
+        else:
+            seen, self.copied = self.copied, self._copy()
+            if seen is None:
+                return None
+            seen[1].synchronize()
+            seen = seen[0]
+        many, first = seen.tolist()
+        return first if many >= SKIPS_IN_A_ROW else None
+
+    def _copy(self):
+        host = torch.empty(2, dtype=torch.long, pin_memory=True).copy_(self.state, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
+
+
+def not_finite(config, folder, split, batches, number):
+    """The error for a loss that stays infinite or not a number, first in batch `number` of all epochs; its images go into a file."""
+    epoch, step = divmod(number, len(batches))
+    batches.order.epoch = epoch
+    rows = batches.order.rows()[max(0, step + 1 - config["accumulate"]):step + 1].ravel()
+    names = list(dict.fromkeys(split["train"][i] for i in rows.tolist()))
+    if distributed.RANK == 0:
+        run.write_json(folder / "bad-batch.json", {"epoch": epoch + 1, "step": step + 1, "images": names})
+    return UserError(f"loss or gradient were not finite for {SKIPS_IN_A_ROW} steps in a row, first in epoch {epoch + 1}, step {step + 1}, with the images "
+                     f"{', '.join(map(json.dumps, names[:3]))} and {max(0, len(names) - 3)} more, all in {folder}/bad-batch.json. None of these steps "
+                     f"was taken: {folder}/last.pt holds what came before. {START_ANEW}", resumable=False)
+
+
+class Interval:
+    """When the next checkpoint is due: --checkpoint-every so many optimizer steps, or minutes."""
+
+    def __init__(self, text):
+        self.number, self.minutes = run.read_interval(text)
+        self.steps, self.start = 0, time.monotonic()  # a clock that nobody sets back
+
+    def passed(self):
+        """Count a step; whether it is time, and then a new interval begins."""
+        self.steps += 1
+        if (time.monotonic() - self.start) / 60 < self.number if self.minutes else self.steps < self.number:
+            return False
+        self.steps, self.start = 0, time.monotonic()
+        return True
 
 
 def inner_layers(model, names):
@@ -248,15 +359,16 @@ def validate(t, batches):
 class Counts:
     """What an epoch adds up to. It is summed on the device, which is asked for it at the display's pace and at the end."""
 
-    ADDED = ("loss", "fresh", "wrong", "erased_images", "images_seen", "second_pass_images", "energy_wh")  # over all processes
+    ADDED = ("loss", "fresh", "wrong", "erased_images", "skipped_steps", "images_seen", "second_pass_images", "energy_wh")  # over all processes
     SHARED = ("optimizer_steps", "train_seconds", "cam_seconds")  # these pass for all at the same time
 
     def __init__(self, device, energy, before=None):
         """energy: `run.Energy`. before: what `raw` gave of the same epoch, in a process that was stopped."""
         self.energy, self.energy_start = energy, energy.watt_hours() or 0.0
         self.device, self.before = device, dict.fromkeys((*self.ADDED, *self.SHARED), 0) | (before or {})
-        # Loss times images, fresh images, those misled, erased images; what is there is added to as if nothing had come between.
-        self.sums = torch.tensor([float(self.before.pop(key)) for key in self.ADDED[:4]], device=device)
+        # Loss times images, fresh images, those misled, erased images, and on rank 0 skipped steps, which are skipped on all; what is there
+        # is added to as if nothing had come between.
+        self.sums = torch.tensor([float(self.before.pop(key)) for key in self.ADDED[:5]], device=device)
         self.images, self.second_pass_images, self.steps, self.start = 0, 0, 0, time.perf_counter()
         self.cam_seconds, self.cam_events = 0.0, []
 
@@ -264,9 +376,11 @@ class Counts:
         """What the network says of the images that come as they are."""
         self.sums[1:3] += torch.stack([fresh.sum(), (proxy.wrong(logits.detach(), labels) & fresh).sum()])
 
-    def add(self, loss, fresh, whole):
-        """The images that a batch trained on; whole: it ended with an optimizer step."""
-        self.sums[::3] += torch.stack([loss.detach() * len(fresh), (~fresh).sum()])
+    def add(self, loss, fresh, whole, bad):
+        """The images that a batch trained on; whole: it ended with an optimizer step; bad: which was skipped. A loss that is not finite adds 0."""
+        self.sums[:4:3] += torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(fresh), (~fresh).sum()])
+        if whole and distributed.RANK == 0:
+            self.sums[4] += bad
         self.images, self.steps = self.images + len(fresh), self.steps + whole
 
     @contextlib.contextmanager
@@ -296,7 +410,7 @@ class Counts:
         """The epoch's share of a line of `log.jsonl`."""
         raw = self.raw(everyone)
         loss, fresh, wrong = (raw.pop(key) for key in ("loss", "fresh", "wrong"))
-        raw["erased_images"] = int(raw["erased_images"])
+        raw |= {key: int(raw[key]) for key in ("erased_images", "skipped_steps")}
         raw["energy_wh"] = raw["energy_wh"] if self.energy.source else None
         return {"train_loss": loss / max(raw["images_seen"], 1), "train_accuracy": 1 - wrong / max(fresh, 1),
                 "misled": wrong / max(fresh, 1), **raw}
@@ -339,8 +453,9 @@ def save_last(folder, t, epoch, step, waiting, counts=None):
     counts = None if counts is None else distributed.everyone(counts.raw())
     if distributed.RANK == 0:
         waiting = [part for part in waiting if part is not None]
+        run.keep_previous(folder / "last.pt", folder / "previous.pt")
         run.save_checkpoint(folder / "last.pt", {
-            "epoch": epoch, "step": step, "model": t.model.state_dict(), "optimizer": t.optimizer.state_dict(),
+            "made_with": t.made_with, "epoch": epoch, "step": step, "model": t.model.state_dict(), "optimizer": t.optimizer.state_dict(),
             "schedule": t.schedule.state_dict(), "scaler": t.scaler.state_dict(), "counts": counts,
             "waiting": [torch.cat(parts) for parts in zip(*waiting)] if waiting else None})
 
@@ -389,27 +504,28 @@ def draw_new_split(config, folder, dataset, split, number):
     """Training and validation images dealt out anew, in memory and in the run's folder."""
     split = data.redraw(dataset, split, config["seed"], number)
     if distributed.RANK == 0:
-        write_split(folder, dataset, split)
+        run.write_json(folder / "split.json", split)
     console.print(f"new split {number}: {evaluation.LEAK}", soft_wrap=True)
     return split
-
-
-def write_split(folder, dataset, split):
-    run.write_json(folder / "split.json", {"classes": dataset.classes, "fingerprint": dataset.fingerprint(),
-                                           **{part: split[part] for part in data.PARTS}})
 
 
 # --- the staged pipeline -------------------------------------------------------------------------------------------
 
 
-def staged(config, folder, dataset, split, device, stop):
+def staged(config, folder, dataset, split, device, stop, epoch):
     """The method as first proposed: stage 1 trains; each round then erases what misled the saved network, and trains again.
 
     Each stage opens what the one before saved, and what it held is released at its end. A stage that is in `stages.jsonl` is done.
+    epoch: whole epochs in the checkpoint; where it was damaged and the one before it is used, stages after that happen again.
     """
-    run.cut_lines(folder / "stages.jsonl", len(run.read_lines(folder / "stages.jsonl")))
-    done = {(line["round"], line["stage"]) for line in run.read_lines(folder / "stages.jsonl")}
     ends = list(itertools.accumulate(run.stage_epochs(config)))
+    lines = run.read_lines(folder / "stages.jsonl")
+    kept = list(itertools.takewhile(lambda line: [0, *ends][line["round"] + (line["stage"] in (1, 3))] <= epoch, lines))
+    run.cut_lines(folder / "stages.jsonl", len(kept))
+    for round_, start in enumerate(ends, 1):
+        if start > epoch:
+            shutil.rmtree(folder / "erased" / f"round-{round_}", ignore_errors=True)
+    done = {(line["round"], line["stage"]) for line in kept}
     for round_, (start, end) in enumerate(zip([0, *ends], ends)):
         stage = Stage(start, end, round_)
         if round_ == 0:
@@ -598,19 +714,33 @@ def parse(arguments):
         else:
             parser.add_argument(option, metavar=key.upper(), default=argparse.SUPPRESS, help=text)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with the settings it has")
+    parser.add_argument("--any-code", action="store_true", help="with --resume: go on although code or versions have changed since")
     parser.add_argument("--dry-run", action="store_true", help="print settings, split and network, then stop")
     parser.add_argument("--show", action="store_true", help="with --dry-run: write a sheet of misled training images under every "
                         "fill, every control and three areas")
+    parser.add_argument("--experiment", metavar="NAME", help="run an experiment of configs.json: what is not finished of it")
+    parser.add_argument("--cell", metavar="I/N", help="with --experiment: only the I-th of N shares of its runs, for job arrays")
+    parser.add_argument("--jobs", metavar="K", help="with --experiment: so many runs side by side (default: 1)")
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown option {unknown[0]!r}{run._nearest(unknown[0], known)}. See python train.py --help")
     given = vars(given)
-    other = {key: given.pop(key) for key in ("resume", "dry_run", "show")}
-    if other["show"] and not other["dry_run"]:
-        raise UserError("--show goes with --dry-run. See python train.py --help")
+    for key, value in given.items():
+        if isinstance(value, list):  # what argparse makes of --key=--
+            raise UserError(f"--{key.replace('_', '-')}: expected a value. See python train.py --help")
+    other = {key: given.pop(key) for key in ("resume", "any_code", "dry_run", "show", "experiment", "cell", "jobs")}
+    for key, needed in (("any_code", "experiment" if other["experiment"] else "resume"), ("show", "dry_run"), ("cell", "experiment"), ("jobs", "experiment")):
+        if other[key] and not other[needed]:
+            raise UserError(f"--{key.replace('_', '-')} goes with --{needed.replace('_', '-')}. See python train.py --help")
+    if other["experiment"] and (other["resume"] or other["dry_run"]):
+        raise UserError("--experiment goes with neither --resume nor --dry-run: it goes on by itself with what is not finished")
+    if other["jobs"] is not None and not (other["jobs"].isdecimal() and 1 <= int(other["jobs"]) <= 1000):
+        raise UserError(f"--jobs {other['jobs']}: expected a whole number from 1 to 1000")
     for key, text in given.items():
-        if run.SETTINGS[key].kind in (int, float):
+        if text == "null" and run.SETTINGS[key].optional:
+            given[key] = None
+        elif run.SETTINGS[key].kind in (int, float):
             with contextlib.suppress(ValueError):  # what is no number is refused when settings are checked
                 given[key] = run.SETTINGS[key].kind(text)
     return given, other
@@ -620,11 +750,19 @@ def start(options, dry_run, show_sheet):
     """A new run: everything is loaded and checked before its folder is made. Returns what `main` goes on with, or None."""
     config = run.resolve(run.read_configs(), options)
     device = run.pick_device(config["device"])
-    dataset = run.load_dataset(config)
-    split = the_split(config, dataset)
+    dataset, skipped = run.load_dataset(config), []
+    split = the_split(config, dataset)  # fails before every image is looked at
     model, text = run.first_network(config, dataset.classes)
     layer, grid = run.try_network(config, model)
+    if not dry_run:
+        dataset, skipped = usable(config, dataset)
+        split = the_split(config, dataset) if skipped else split
+    split = {"classes": dataset.classes, "fingerprint": dataset.fingerprint(), **split, "skipped": [i for i, _, _ in skipped]}
+    run.with_decoy(dataset, config, split)
     config["layer"] = layer or config["layer"]
+    if config["batch_size"] == run.AUTO:
+        config["batch_size"] = fitting_batch(config, model, dataset.classes, device, len(split["train"]))
+        text += f"\n--batch-size auto: {config['batch_size']} images fit {device}; the learning rate stays {config['lr']:g}"
     if dry_run:
         print_dry_run(config, dataset, split, text, model, layer, grid)
         if show_sheet:
@@ -632,10 +770,35 @@ def start(options, dry_run, show_sheet):
         return None
     folder = make_folder(config)
     run.write_json(folder / "env.json", run.describe_environment(dataset, device))
-    write_split(folder, dataset, split)
+    if skipped:
+        write_bad_images(folder / "bad-images.txt", skipped)
+        text += f"\n{len(skipped)} images that cannot be used are left out, see {folder}/bad-images.txt"
+    run.write_json(folder / "split.json", split)
     run.write_json(folder / "config.json", config)  # last: a folder with it is a run that can be resumed
     console.print(f"{folder}: {text}", markup=False, soft_wrap=True)
     return config, folder, dataset, split, model, device
+
+
+def usable(config, dataset):
+    """The dataset without images that cannot be used, and these as (id, file, what is wrong). Without --skip-bad a UserError for them."""
+    bad = evaluation.check_images(config, dataset)
+    found = [(dataset.ids[i], str(dataset.where(i)), wrong) for i, wrong in bad.items()]
+    if not found or config["skip_bad"]:
+        return dataset.without([image_id for image_id, _, _ in found]), found
+    path = Path(config["out"]) / "bad-images.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.cannot_write(path, error) from None
+    write_bad_images(path, found)
+    raise UserError(f"dataset {dataset.name}: {len(found)} of {len(dataset)} images cannot be used, the first {found[0][1]} ({found[0][2]}). "
+                    f"All are listed in {path}: mend or remove them, or leave them out with --skip-bad")
+
+
+def write_bad_images(path, found):
+    """A line per image: file, a tab, what is wrong."""
+    text = "".join(f"{data.one_line(file)}\t{data.one_line(wrong)}\n" for _, file, wrong in found)
+    data.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def the_split(config, dataset):
@@ -656,7 +819,10 @@ def the_split(config, dataset):
 
 
 def make_folder(config):
-    """A folder for the run, which was not there before; a name that nobody asked for gets a number where it is taken."""
+    """A folder for the run, which was not there before; a name that nobody asked for gets a number where it is taken.
+
+    What a process left that was killed before it had made a run of it is taken over.
+    """
     asked, out = config["name"], Path(config["out"])
     base = asked or f"{config['dataset']}-{config['model'].replace('/', '_')}-{config['cam']}-s{config['seed']}"
     for number in itertools.count(1):
@@ -664,19 +830,29 @@ def make_folder(config):
         folder = out / config["name"]
         try:
             folder.mkdir(parents=True)
-            return folder
         except FileExistsError:
-            if asked or not folder.exists():  # or a file is where --out should be
+            if not run.is_leftover(folder):
+                if not asked and folder.is_dir():
+                    continue
                 raise UserError(f"{folder} is there already: choose another --name or --out, or go on with it with "
                                 f"--resume {folder}") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
+        try:
+            run.lock(folder)
+            run.sweep(folder)
+            return folder
+        except UserError:  # another process has just made it
+            if asked:
+                raise
 
 
 def resume(folder, options):
     """An interrupted run: what it was made with, checked to be still there. Returns what `main` goes on with."""
+    if distributed.RANK == 0 and (Path(folder) / "config.json").is_file():
+        run.lock(folder)
     opened = run.open_run(folder)
-    other = [key for key in options if key not in ("device", "workers", "cache")]
+    other = [key for key in options if key not in ("device", "workers", "cache", "checkpoint_every")]
     if other:
         raise UserError(f"--resume goes on with the settings of {folder}: leave out --{other[0].replace('_', '-')}, "
                         "or start a new run")
@@ -696,6 +872,9 @@ def start_together(options, other):
     config = run.resolve(run.read_configs(), options)
     if config["mode"] == "staged":
         raise UserError("--mode staged runs in one process: leave torchrun out")
+    if config["batch_size"] == run.AUTO:
+        raise UserError("--batch-size auto tries steps in one process: leave torchrun out to see its number, then give that times the "
+                        "number of processes")
     if config["batch_size"] % distributed.RANKS:
         raise UserError(f"--batch-size {config['batch_size']}: {distributed.RANKS} processes cannot share it evenly")
     ready = []
@@ -715,8 +894,7 @@ def interrupted_run(config):
     for path in Path(config["out"]).glob("*/config.json"):
         with contextlib.suppress(UserError):
             there = run.open_run(path.parent).config
-            same = all(there.get(key) == value for key, value in config.items() if key not in ("name", "layer", "device"))
-            if same and not (path.parent / "metrics.json").exists():
+            if not run.differing_settings(config, there) and not (path.parent / "metrics.json").exists():
                 found.append((path.stat().st_mtime, path.parent))
     return max(found)[1] if found else None
 
@@ -731,28 +909,35 @@ def open_network(config, folder, dataset):
 
 def main(arguments=None):
     """The command line; returns the exit status: 2 for what the user can mend, 128 and the signal's number when stopped by one."""
-    ready, folder, stop = None, None, distributed.Stop()
+    ready, folder, other, stop = None, None, {}, distributed.Stop()
     try:
         options, other = parse(arguments)
+        if other["experiment"]:
+            if distributed.RANKS > 1:
+                raise UserError("--experiment: leave torchrun out; its runs have a process each")
+            return experiment.run_cells(other["experiment"], options, other["cell"], int(other["jobs"] or 1), other["any_code"])
         ready = start_together(options, other)
         if ready is None:
             return 0
         folder = ready[1]
-        run_to_its_end(*ready, stop)
+        run_to_its_end(*ready, stop, other["any_code"])
         if distributed.RANK:
             return 0
         result = evaluation.finish(folder, ready[2], ready[5])
     except UserError as error:
         if distributed.RANK == 0:
-            print(f"train.py: {error}", file=sys.stderr)
+            say(error, folder)
         return 2
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if ready is None or not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            say(UserError("a process that decodes images was killed, most often because memory ran out: give fewer with --workers"), folder)
+        elif ready and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            say(out_of_memory(ready[0], folder, ready[5]), folder)
+        else:
             raise
-        print(f"train.py: {out_of_memory(ready[0], folder, ready[5])}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, distributed.Stopped) as stopped:
-        where = f"; go on with python train.py --resume {folder}" if folder else ""
+        where = f"; go on with python train.py --resume {folder}" if folder else "; the same command goes on" if other.get("experiment") else ""
         if distributed.RANK == 0:
             print(f"\ntrain.py: interrupted{where}", file=sys.stderr)
         return 128 + getattr(stopped, "signal", 2)
@@ -764,8 +949,26 @@ def main(arguments=None):
     return 0
 
 
-def run_to_its_end(config, folder, dataset, split, model, device, stop):
+def ready_checkpoint(folder, config, split, any_code):
+    """How many whole epochs lie before the checkpoint that the run goes on from; 0 without one. Raises UserError if it cannot serve."""
+    state, text = run.last_checkpoint(folder)
+    if text:
+        console.print(text, markup=False, soft_wrap=True)
+    if state is None:
+        return 0
+    run.check_made_with(folder, state["made_with"], run.made_with(config, split), any_code)
+    return state["epoch"]
+
+
+def say(error, folder):
+    """A UserError as one line, with how to go on where a run has begun."""
+    go_on = f". Then go on with python train.py --resume {folder}" if folder and error.resumable else ""
+    print(data.one_line(f"train.py: {error}{go_on}"), file=sys.stderr)
+
+
+def run_to_its_end(config, folder, dataset, split, model, device, stop, any_code):
     """Train, online or staged, from wherever the run stands."""
+    epoch = distributed.from_first(ready_checkpoint, folder, config, split, any_code)
     if config["protocol"] == "resplit":
         console.print(f"--protocol resplit: {evaluation.LEAK}", soft_wrap=True)
     if distributed.RANK == 0 and config["cache"] != "off":
@@ -777,22 +980,99 @@ def run_to_its_end(config, folder, dataset, split, model, device, stop):
         console.print(text, markup=False, soft_wrap=True)
     if config["mode"] == "staged":
         del model
-        staged(config, folder, dataset, split, device, stop)
+        staged(config, folder, dataset, split, device, stop, epoch)
     else:
         train(config, folder, dataset, split, model or open_network(config, folder, dataset), device, Stage(0, config["epochs"]),
               stop)
 
 
+# --- what fits the memory ------------------------------------------------------------------------------------------
+
+TRIAL_SHARE = 0.92  # of the GPU's memory, which trial steps may take: validation and fragments need some of the rest
+TRIAL_STEPS = 3  # the first erases, the second has erased images in it, the third finds all buffers taken
+FEWEST_BATCHES = 10  # an epoch of fewer steps learns little, however many images the memory could hold
+
+
+def fitting_batch(config, model, classes, device, images):
+    """--batch-size auto: the most images whose training step fits the GPU, every image selected, at least 10 batches in an epoch.
+
+    Found by trial, with `train` itself on a copy of the network and on blank images. Raises UserError where there is no GPU to ask, or
+    not even two images fit.
+    """
+    if device.type != "cuda":
+        raise UserError(f"--batch-size auto asks how much a GPU holds, and this run is on {device}: give a number")
+
+    def fits(size):
+        torch.cuda.set_per_process_memory_fraction(TRIAL_SHARE, device)
+        try:
+            trial_steps(config, model, classes, device, size)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            run.release(device)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+    return largest_batch(fits, max(2, images // FEWEST_BATCHES))
+
+
+def largest_batch(fits, most):
+    """The largest number from 2 to `most` that fits, to within an eighth; above 16 a multiple of 8. Raises UserError if 2 does not."""
+    low, size = 1, min(8, most)
+    while fits(size):
+        low = size
+        if size == most:
+            return most
+        size = min(2 * size, most)
+    while size - low > max(1, low // 8):
+        middle = (low + size) // 2
+        low, size = (middle, size) if fits(middle) else (low, middle)
+    if low == 1:
+        raise UserError("out of memory: not even --batch-size 2 fits; try --checkpointing, --amp auto, a smaller --image-size or --model")
+    return low if low < 16 else low - low % 8
+
+
+class Enough(Exception):
+    """Raised by `Trial` after its last step."""
+
+
+class Trial(distributed.Stop):
+    """Ends `train` from within, after a few steps, before anything is saved."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def asked(self, due=False):
+        self.steps += 1
+        if self.steps == TRIAL_STEPS:
+            raise Enough
+        return 0, False
+
+
+def trial_steps(config, model, classes, device, size):
+    """The first steps of a run with batches of `size`, everything selected, in a folder that is thrown away."""
+    side, count = config["image_size"], TRIAL_STEPS * size
+    blank = np.broadcast_to(np.zeros(1, dtype=np.uint8), (count, side, side, 3))
+    dataset = data.Dataset("trial", Path(), classes, [str(i) for i in range(count)], np.zeros(count, dtype=np.int64), blank,
+                           pixels=data.Pixels(blank))
+    config = config | {"batch_size": size, "select": "all", "subset": 1.0, "schedule": None, "warmup": 0, "freeze": 0,
+                       "accumulate": 1, "compile": False, "protocol": "fixed"}
+    split = {"classes": classes, "fingerprint": "", "train": dataset.ids, "val": dataset.ids[:size]}
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        train(config, Path(folder), dataset, split, copy.deepcopy(model), device,
+              Stage(0, 1), Trial())
+
+
 def out_of_memory(config, folder, device):
-    """The message for a batch that does not fit, with what was used and what would fit."""
+    """The error for a batch that does not fit, with what was used and what would fit."""
     gpu = device.type == "cuda"
     used = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f} GiB" if gpu \
         else "all there is"
     half, ways = max(2, config["batch_size"] // 2), []
     ways.append(f"--batch-size {half} --accumulate {2 * config['accumulate']}")
     ways += ["--amp auto"] * (gpu and config["amp"] == "off") + ["--checkpointing"] * (not config["checkpointing"])
-    return (f"out of memory on {device}: {config['model']} with batches of {config['batch_size']} images of {config['image_size']} pixels "
-            f"used {used}. Start anew with {', or '.join(ways)}; what {folder} has is intact")
+    return UserError(f"out of memory on {device}: {config['model']} with batches of {config['batch_size']} images of {config['image_size']} pixels "
+                     f"used {used}. Start anew with {', or '.join(ways)}; what {folder} has is intact", resumable=False)
 
 
 if __name__ == "__main__":

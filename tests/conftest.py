@@ -1,7 +1,10 @@
 """Small real data for the tests: folders of drawn pictures, and a run or two to look at."""
 
 import hashlib
+import multiprocessing
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -11,6 +14,28 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, so that each has one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+import eval as evaluation  # noqa: E402
+
+# A run's pictures take longer than the training of most runs here: only tests marked with `pictures` draw them, and real command lines.
+DRAW, evaluation.draw = evaluation.draw, lambda *arguments: None
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "pictures: this test's runs draw their pictures")
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    if request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(evaluation, "draw", DRAW)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="how often tests/test_kill.py kills a run (default: 20)")
 
 
 def draw_letter(letter, frame, size=48):
@@ -60,3 +85,95 @@ def trained(tmp_path_factory, request):
         return out / "run"
 
     return run_it
+
+
+# Processes that have torch and `train` imported when they start: a few hundredths of a second, where a new Python takes four seconds.
+quickly = multiprocessing.get_context("forkserver")
+quickly.set_forkserver_preload(["train", "eval", "torch._dynamo"])
+
+
+def resize_limit(limit):
+    """Run in a child process: files can grow to `limit` bytes, as on a disk that is nearly full."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def _train_main(arguments, output, rank, ranks, port, limit, configs):
+    import distributed
+    import torch
+    import run
+    import train
+
+    if configs:
+        run.read_configs.__defaults__ = (configs,)
+    evaluation.draw = lambda *arguments: None
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if ranks > 1:  # what torchrun sets, and what was read when these were imported
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+        distributed.RANK, distributed.RANKS, distributed.LOCAL_RANK, train.console.quiet = rank, ranks, rank, rank > 0
+        torch.set_num_threads(1)
+    if limit:
+        resize_limit(limit)
+    sys.exit(train.main(arguments))
+
+
+class TrainProcess:
+    """`train.py` with arguments, in a process of its own, or in several as torchrun has them, whose output goes to files.
+
+    limit: of what it may write to one file, in bytes. configs: another configs.json.
+    """
+
+    def __init__(self, arguments, path, ranks=1, limit=None, configs=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.paths = [path.with_suffix(f".{rank}.txt") for rank in range(ranks)]
+        self.processes = [quickly.Process(target=_train_main, args=(list(map(str, arguments)), str(p), rank, ranks, port, limit, configs))
+                          for rank, p in enumerate(self.paths)]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def pid(self):
+        return self.processes[0].pid
+
+    def output(self):
+        return "".join(path.read_text() for path in self.paths)
+
+    def is_alive(self):
+        return any(process.is_alive() for process in self.processes)
+
+    def signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def wait(self):
+        """The exit status of the first that failed, or 0; a number below zero is the signal that killed it."""
+        for process in self.processes:
+            process.join(120)
+            assert process.exitcode is not None, f"still running: {self.output()}"
+        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+
+@pytest.fixture(scope="module")
+def train_process(tmp_path_factory):
+    """`train_process(arguments, …)` starts a `TrainProcess`; what still runs at the test's end is killed."""
+    folder, started = tmp_path_factory.mktemp("output"), []
+
+    def start(arguments, **options):
+        started.append(TrainProcess(arguments, folder / f"{len(started)}", **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()

@@ -78,11 +78,15 @@ def test_two_runs_that_build_at_once_both_get_it_and_one_builds(asl, tmp_path):
     assert told[0][-1] == told[1][-1] and len(list((tmp_path / "c").glob("*.npy"))) == 1 and not list((tmp_path / "c").glob(".*tmp"))
 
 
-def test_a_broken_image_stops_the_build_and_leaves_nothing(asl, tmp_path):
+def test_a_broken_image_stops_the_build_and_leaves_the_others(asl, tmp_path):
     next(asl.rglob("B2.jpg")).write_bytes(b"not an image")
     with pytest.raises(UserError, match="B2.jpg: cannot be read as an image"):
-        opened(data.load_dataset("asl", ENTRY, asl), tmp_path)
-    assert not [p for p in tmp_path.iterdir() if p.suffix in (".npy", ".tmp")]
+        opened(dataset := data.load_dataset("asl", ENTRY, asl), tmp_path)
+    assert len([p for p in tmp_path.iterdir() if p.suffix in (".npy", ".tmp")]) == 1
+    rest = dataset.without([i for i in dataset.ids if i.endswith("B2.jpg")])
+    assert "as decoded before" in opened(rest, tmp_path)
+    direct = data.Decoded(rest, np.arange(29), 32)
+    assert all((rest.pixels.take(np.array([i])) == direct.pixels(i)).all() for i in range(29))
 
 
 def test_what_does_not_fit_is_decoded_every_epoch_and_said(asl, tmp_path, monkeypatch):

@@ -378,6 +378,14 @@ def test_in_the_same_step_copies_take_the_place_of_their_originals_or_ride_behin
     assert labels.tolist() == [0, 1, 0, 1, 0, 7, 9] and fresh.tolist() == [True] * 5 + [False] * 2
 
 
+@pytest.mark.parametrize("budget", ["equal", "extra"])
+def test_seats_leave_images_channels_last(budget):
+    images = torch.randn(8, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    waiting = proxy.Waiting(images[:4].clone(), torch.zeros(4, dtype=torch.long), torch.arange(4) % 2 == 0)
+    seated, *_ = proxy.seat(images, torch.zeros(8, dtype=torch.long), waiting, budget)
+    assert seated.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_mixed_labels_take_their_seats_too():
     shares = torch.eye(2)[LABELS]
     _, labels, _ = proxy.seat(torch.ones(5, 3, 2, 2), shares, waiting([True, False, True], [[0.3, 0.7]] * 3), "equal")

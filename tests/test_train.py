@@ -1,5 +1,6 @@
 """train.py and eval.py from the command line: what a user types, and what a run leaves."""
 
+import copy
 import json
 import re
 import subprocess
@@ -18,8 +19,8 @@ import train
 
 REPOSITORY = Path(train.__file__).parent
 LITE0 = REPOSITORY.parent / "shared" / "weights" / "tf_efficientnet_lite0.safetensors"
-LEFT = ["best.pt", "config.json", "confusion.png", "curves.png", "env.json", "last.pt", "log.jsonl", "metrics.json",
-        "predictions.npz", "reliability.png", "sheet.png", "split.json"]
+LEFT = [".lock", "best.pt", "config.json", "confusion.png", "curves.png", "env.json", "last.pt", "log.jsonl", "metrics.json",
+        "predictions.npz", "previous.pt", "reliability.png", "sheet.png", "split.json"]
 
 
 def command(*arguments, **options):
@@ -43,6 +44,7 @@ def test_with_no_arguments_it_trains_on_digits_to_096(tmp_path):
         assert np.asarray(Image.open(folder / picture).convert("L")).std() > 10
 
 
+@pytest.mark.pictures
 def test_eval_prints_the_metrics_again_and_rewrites_them_identically(trained):
     folder = trained()
     before = (folder / "metrics.json").read_bytes()
@@ -57,6 +59,7 @@ def test_eval_prints_the_metrics_again_and_rewrites_them_identically(trained):
     assert metrics_of(folder)["test"] == json.loads(before)["test"]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("arguments", [["--explain", "true", "--cam", "layercam"], ["--explain", "margin", "--smooth"],
                                        ["--layer", "layer2,layer4", "--cam", "hirescam"], ["--cam", "random"],
                                        ["--cam", "cam"], ["--cam", "eigencam", "--threshold", "0.6"]])
@@ -150,25 +153,26 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(trained, tmp_path, monke
     assert "leave out --lr" in capsys.readouterr().err
 
 
+@pytest.mark.pictures
 def test_the_command_its_user_types_most(asl, tmp_path):
     before = hash_folder(asl)
     assert train.main(["--dataset", "asl", "--model", "vit_small", "--cam", "gradcam++", "--no-pretrained", "--epochs", "1",
                        "--data-dir", str(asl), "--out", str(tmp_path / "runs")]) == 0
     folder = tmp_path / "runs" / "asl-vit_small-gradcam++-s0"
-    assert sorted(p.name for p in folder.iterdir()) == LEFT
+    assert sorted(p.name for p in folder.iterdir()) == [name for name in LEFT if name != "previous.pt"]  # one epoch
     config = json.loads((folder / "config.json").read_text())
     assert config["layer"] == "blocks.11.norm1" and config["image_size"] == 224
     assert hash_folder(asl) == before
 
 
-def test_without_the_images_it_says_where_to_get_them_and_writes_nothing(tmp_path):
+def test_without_the_images_it_says_where_to_get_them_and_writes_nothing(tmp_path, capsys):
     out, images = tmp_path / "runs", tmp_path / "images"
-    answer = command("train.py", "--dataset", "asl", "--model", "vit_small", "--cam", "gradcam++", "--out", str(out),
-                     "--data-dir", str(images))
-    assert answer.returncode == 2 and answer.stdout == "" and not out.exists()
-    assert answer.stderr.count("\n") == 1
+    assert train.main(["--dataset", "asl", "--model", "vit_small", "--cam", "gradcam++", "--out", str(out), "--data-dir", str(images)]) == 2
+    answer = capsys.readouterr()
+    assert answer.out == "" and not out.exists()
+    assert answer.err.count("\n") == 1
     for words in ("dataset asl", str(images), "https://www.kaggle.com/datasets/grassknoted/asl-alphabet", "--data-dir"):
-        assert words in answer.stderr
+        assert words in answer.err
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(asl, tmp_path, capsys):
@@ -221,8 +225,10 @@ def test_split_from_uses_another_runs_split(trained):
     assert len(b["train"]) == pytest.approx(len(a["train"]) / 10, abs=5)
 
 
-def test_help_shows_each_option_with_its_default():
-    shown = " ".join(command("train.py", "--help").stdout.split())
+def test_help_shows_each_option_with_its_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
     defaults = run.read_configs()["defaults"]
     for key in run.SETTINGS:
         assert f"--{key.replace('_', '-')}" in shown
@@ -242,6 +248,7 @@ def test_a_run_of_very_few_steps_still_learns(trained, batch_size, steps):
 # --- the whole space
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("arguments", [
     ["--select", "unsure", "--subset", "0.2"], ["--select", "loss"], ["--select", "all", "--fill", "transplant", "--soften", "0.05"],
     ["--fill", "other", "--control", "random"], ["--fill", "blend", "--threshold", "0.3", "--weight", "0.5"],
@@ -354,6 +361,45 @@ def test_out_of_memory_is_one_line_with_what_would_fit(tmp_path, monkeypatch, ca
 
 
 # --- warm start, parts of datasets, the published protocol
+
+
+# --- the largest batch
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7, 8, 9, 37, 500, 2000])
+def test_the_largest_batch_is_found_to_within_an_eighth_in_few_trials(limit):
+    tried = []
+    found = train.largest_batch(lambda size: tried.append(size) or size <= limit, 1000)
+    assert found <= min(limit, 1000) and found >= min(limit, 1000) * (1 - 1 / 8) - 1 and len(tried) < 16
+    assert found < 16 or found % 8 == 0
+
+
+def test_a_trial_takes_real_steps_with_everything_selected_and_leaves_the_network_as_it_was(monkeypatch, capsys):
+    config = run.resolve(run.read_configs(), {"model": "test_resnet", "pretrained": False, "image_size": 32, "budget": "extra",
+                                              "warmup": 3, "freeze": 1})
+    model, _ = run.first_network(config, ["a", "b"])
+    before, sizes, step = copy.deepcopy(model.state_dict()), [], train.forward
+
+    def forward(network, images, labels, amp):
+        sizes.append(len(images))
+        if len(images) > 40:
+            raise torch.OutOfMemoryError("out of memory")
+        return step(network, images, labels, amp)
+
+    monkeypatch.setattr(train, "forward", forward)
+    train.trial_steps(config, model, ["a", "b"], torch.device("cpu"), 16)
+    assert sizes[0] == 16 and 16 <= max(sizes[1:]) <= 24 and len(sizes) == 3
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(torch.OutOfMemoryError):
+        train.trial_steps(config, model, ["a", "b"], torch.device("cpu"), 41)
+    monkeypatch.undo()
+    assert train.main(["--batch-size", "auto"]) == 2 and "asks how much a GPU holds" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_batch_that_is_found_trains(trained):
+    folder = trained("--model", "resnet50", "--no-pretrained", "--image-size", "224", "--batch-size", "auto", "--cam", "gradcam++", epochs=1)
+    assert json.loads((folder / "config.json").read_text())["batch_size"] >= 64
 
 
 def test_a_run_starts_from_another_with_more_classes(trained, capsys):
@@ -526,25 +572,22 @@ def whole(tmp_path_factory):
     return out / "whole"
 
 
-@pytest.mark.parametrize("moment", ["write_json", "append_line", "save_checkpoint", "write_split"])
+@pytest.mark.parametrize("moment", ["write_json", "append_line", "save_checkpoint"])
 def test_a_staged_run_that_was_killed_goes_on_with_what_is_on_disk(whole, tmp_path, monkeypatch, moment):
     arguments = RESPLIT
-    place = train if moment == "write_split" else run
-    plain, calls = getattr(place, moment), [0]
+    plain, calls = getattr(run, moment), [0]
 
     def dies(*given):
         calls[0] += 1
-        if calls[0] % (3 if place is train else 7) == 2:
+        if calls[0] % 7 == 2:
             raise KeyboardInterrupt
         return plain(*given)
 
-    monkeypatch.setattr(place, moment, dies)
+    monkeypatch.setattr(run, moment, dies)
     status = train.main([*arguments, "--epochs", "3", "--out", str(tmp_path), "--name", "cut"])
     attempts = 0
     while status == 130 and (attempts := attempts + 1) < 30:
         if not (tmp_path / "cut" / "config.json").exists():  # it died before there was a run
-            import shutil
-            shutil.rmtree(tmp_path / "cut", ignore_errors=True)
             status = train.main([*arguments, "--epochs", "3", "--out", str(tmp_path), "--name", "cut"])
         else:
             status = train.main(["--resume", str(tmp_path / "cut")])
@@ -572,20 +615,18 @@ def test_a_staged_run_repeats_no_finished_work(trained, tmp_path, monkeypatch):
     assert looked[4:] == [*range(160, looked[-1], 32), looked[-1]] and epochs == 1 and len(run.read_log(tmp_path / "cut")) == 2
 
 
-def test_a_full_disk_in_a_staged_run_keeps_the_last_checkpoint_and_the_run_goes_on(tmp_path):
-    from test_run import resize_limit
-
-    start = ["train.py", *STAGED, "--rounds", "1", "--epochs", "1", "--out", str(tmp_path), "--name", "run"]
-    answer = command(*start, preexec_fn=lambda: resize_limit(100_000))  # config and split fit, a checkpoint does not
-    assert answer.returncode == 2 and "cannot be written (" in answer.stderr and answer.stderr.count("\n") == 1
-    answer = command("train.py", "--resume", str(tmp_path / "run"))
-    assert answer.returncode == 0, answer.stderr
+def test_a_full_disk_in_a_staged_run_keeps_the_last_checkpoint_and_the_run_goes_on(tmp_path, train_process):
+    process = train_process([*STAGED, "--rounds", "1", "--epochs", "1", "--out", tmp_path, "--name", "run"], limit=100_000)
+    assert process.wait() == 2  # config and split fit, a checkpoint does not
+    assert "cannot be written (" in (last := process.output().splitlines()[-1]) and f"go on with python train.py --resume {tmp_path / 'run'}" in last
+    assert train_process(["--resume", tmp_path / "run"]).wait() == 0
     assert len(run.read_log(tmp_path / "run")) == 2
 
 
 ODD = ["a b", "é <b>狗", "$x_2$ & [red]", "-rf", "100%"]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("mode", [["--budget", "extra"], ["--mode", "staged", "--rounds", "1", "--select", "all", "--cam", "center", "--control", "label"]])
 def test_names_with_markup_stay_in_the_runs_folder_and_the_dataset_is_untouched(mode, tmp_path):
     from conftest import draw_letter

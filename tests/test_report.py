@@ -1,0 +1,240 @@
+"""report.py: what it says against compare.py, what it escapes, and the page opened in a browser."""
+
+import copy
+import csv
+import html
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_classes
+from PIL import Image
+from test_compare import simulated
+
+import compare
+import experiment
+import report
+import run
+import train
+
+SCRIPT, DOLLARS, ARM = "<script>alert(1)</script>", "$x_1$ & 100%", "gradcam++ <img src=http://example.com/x.png>"
+ARMS = {"none": {"cam": "none", "image_size": 32}, ARM: {"cam": "gradcam++", "select": "all", "image_size": 32}, "vit": {"model": "test_vit", "cam": "none", "image_size": 64},
+        "square": {"cam": "none", "decoy": True, "image_size": 32}, "square, all": {"select": "all", "decoy": True, "image_size": 32}}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report of real runs on pictures whose classes and arm hold markup: its folder, and the runs' arms."""
+    out = tmp_path_factory.mktemp("report")
+    draw_classes(out / "data", classes="AB", frames=16)
+    with open(out / "data" / "labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "kind", "ground"])
+        rows.writerows([f"{c}/{c}{i}.jpg", SCRIPT if c == "A" else DOLLARS, ("land", "water")[i % 2]] for c in "AB" for i in range(1, 17))
+    configs = copy.deepcopy(run.read_configs())
+    configs["datasets"]["marked"] = configs["datasets"]["folder"] | {
+        "layout": "csv", "csv": {"file": "labels.csv", "path": "file", "label": "kind", "group": "ground"}, "path": str(out / "data")}
+    configs["experiments"] = {"tiny": {"help": "Is <b>this</b> text?", "arms": ARMS, "seeds": [0, 1], "settings": {
+        "dataset": "marked", "model": "test_resnet", "pretrained": False, "epochs": 2, "batch_size": 8}}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "read_configs", lambda *arguments: configs)
+        patch.setattr("eval.EXPLAINED", 6)
+        for cell in experiment.cells(configs, "tiny", {"out": str(out / "runs")}):
+            assert train.main(experiment.command(cell)[2:]) == 0
+        assert report.main(["--experiment", "tiny", "--out", str(out / "runs")]) == 0
+        arms, _ = compare.arms_of_experiment(configs, "tiny", {"out": str(out / "runs")})
+    return out / "runs" / "tiny" / "report", arms
+
+
+def rows_of(folder, table):
+    with open(folder / "tables" / f"{table}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_report_says_what_the_comparison_found(written):
+    folder, arms = written
+    rows = {row["arm"]: row for row in rows_of(folder, "augmentation")}
+    assert list(rows) == ["none", ARM, "vit", "square", "square, all"]
+    for arm, baseline in ((ARM, "none"), ("square, all", "square")):
+        theirs = compare.compare({name: arms[name] for name in (baseline, arm)}, baseline)[1]
+        assert rows[arm]["against"] == baseline and rows[arm]["difference"] == f"{100 * theirs['difference']:+.2f}"
+        assert rows[arm]["in words"] == theirs["says"] and rows[arm]["p"] == f"{theirs['p']:.3f}"
+    assert rows["vit"]["against"] == "vit" and rows["vit"]["difference"] == "–"
+    told = {row["arm"]: row for row in rows_of(folder, "shortcut")}
+    assert told["square"]["clean test"] == f"{100 * np.mean([r.correct('clean_test').mean() for r in arms['square'].values()]):.2f}"
+    assert told["none"]["clean test"] == "–" and 0 <= float(told["square"]["heat on the square"]) <= 100
+    worst = {row["arm"]: row["worst group"] for row in rows_of(folder, "groups")}
+    assert worst[ARM] == f"{100 * np.mean([r.metrics['test']['worst_group'] for r in arms[ARM].values()]):.2f}"
+    alike = rows_of(folder, "attention")
+    assert [row["arm"] for row in alike][-1] == "a centred Gaussian" and all(-1 <= float(row["correlation"]) <= 1 for row in alike)
+    assert {(row["arm"], row["seed"]) for row in rows_of(folder, "runs")} == {(arm, str(seed)) for arm in ARMS for seed in (0, 1)}
+
+
+def test_every_figure_and_table_comes_in_each_format_and_with_words(written):
+    folder, _ = written
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    figures, tables = sorted((folder / "figures").glob("*.png")), sorted((folder / "tables").glob("*.csv"))
+    assert {p.stem for p in figures} >= {"augmentation", "attention", "convergence", "explanations", "shortcut", "confidence", "loss", "disagreements"}
+    for path in figures:
+        assert Image.open(path).size[0] > 500 and path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    assert page.count("<img ") == len(figures) and all(len(text) > 10 for text in re.findall(r'<img alt="([^"]*)"', page))
+    assert page.count("<table>") <= len(tables) and not list(folder.rglob("*.tmp*"))
+    for path in tables:
+        lines = path.with_suffix(".tex").read_text(encoding="utf-8").splitlines()
+        body = [line for line in lines if line.endswith(r"\\")]
+        columns = re.fullmatch(r"\\begin\{tabular\}\{(l+)\}", lines[3])[1]
+        assert lines[4] == r"\toprule" and len(body) == len(list(csv.reader(open(path, newline="", encoding="utf-8"))))
+        assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 and not re.search(r"(?<!\\)[$%#_]", line) for line in body)
+
+
+def test_the_questions_come_first_each_with_an_answer(written):
+    page = (written[0] / "report.html").read_text(encoding="utf-8")
+    found = re.findall(r"<h2 id=s\d+>(.*?)</h2><p class=answer>(.*?)</p>", page)
+    assert [title.split()[0] for title, _ in found] == ["Can", "Can", "Does", "Does", "Can", "Is", "The", "Where", "How"] and all(answer for _, answer in found)
+    assert "on test over 2 seeds" in found[0][1] and "rank correlation" in found[1][1] and "Validation cannot see the shortcut" in found[4][1]
+
+
+def test_markup_in_names_is_text(written):
+    page = (written[0] / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script>") == 1 and "alert(1)" in page and html.escape(SCRIPT) in page
+    assert "<img src=http" not in page and html.escape(ARM) in page and "<b>this</b>" not in page
+
+
+def test_no_heat_takes_neither_networks_nor_images(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    folders = [str(r.folder) for arm in ("none", ARM) for r in written[1][arm].values()]
+    assert report.main([*folders, "--by", "cam,select,layer", "--no-heat", "--out", str(tmp_path / "r")]) == 0
+    assert "4 runs of 2 arms" in capsys.readouterr().out and "Left out by --no-heat" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "name runs or an experiment"),
+    (["--experiment", "dem"], "Did you mean 'demo'"),
+    (["--experiment", "demo", "--out", "EMPTY"], "no run is finished; first run python train.py --experiment demo"),
+    (["EMPTY"], "EMPTY"),
+])
+def test_what_cannot_be_reported_is_said_in_a_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_share_of_data_that_equals_the_baseline_is_found():
+    """Made-up runs in which half of the data is enough."""
+    arms = {}
+    for kind, accuracies in {"none": (0.6, 0.7, 0.8), "gradcam++": (0.7, 0.9, 0.95)}.items():
+        for share, accuracy in zip((0.25, 0.5, 1.0), accuracies):
+            made = simulated({"none": (6, 0.5), kind: (6, accuracy)}, images=4000, config={"train_fraction": share, "cam": kind, "dataset": "d", "data_dir": None,
+                                                                              "classes": None, "model": "m", "image_size": 32, "decoy": False})
+            arms[f"{kind}-train_fraction={share}"] = made[kind]
+    study = report.Study(compare.groups(arms), "made up", "", "", None)
+    assert len(study.groups) == 3 and study.against["gradcam++-train_fraction=0.5"] == "none-train_fraction=0.5"
+    (_, table), text = report.by_fraction(study)
+    assert text == "gradcam++ equals the baseline on 100% of the data with 50% of it."
+    low = next(row for row in table.rows if row[:2] == ["gradcam++", "25"])
+    assert float(low[3]) == pytest.approx(70, abs=1) and 0 < float(low[4].removeprefix("± ")) < 2
+
+
+def test_verdicts_of_many_arms_are_counted():
+    made = simulated({"none": (8, 0.7), "much": (8, 0.9), "less": (8, 0.5), "a": (8, 0.7), "b": (2, 0.7)}, images=1000)
+    text = report.verdicts(compare.compare(made, "none")[1:])
+    assert text.startswith("Of 4 arms 1 better ('much'); 1 worse ('less'); 1 with too few seeds to tell; 1 with no difference found, and none larger than ")
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+
+def chromium(page, folder, *options, width=1000):
+    """What headless Chromium prints about a page: (its document after scripts have run, its console)."""
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync",
+         "--disable-component-update", f"--user-data-dir={folder}/profile", f"--window-size={width},900", "--enable-logging=stderr", "--virtual-time-budget=3000",
+         *options, *([] if any(o.startswith("--print") for o in options) else ["--dump-dom"]), f"file://{page}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """Writes down whatever a browser asks it for, and has nothing."""
+
+    def answer(self):
+        self.server.asked.append(self.path)
+        self.send_error(404)
+
+    do_GET = do_CONNECT = do_POST = do_HEAD = answer
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def proxy():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def changed(page, folder, script):
+    """A copy of a page that runs a script after its own, which writes into the `id=told` at its end."""
+    path = folder / "changed.html"
+    path.write_text(page.read_text(encoding="utf-8") + f"<pre id=told></pre><script>document.getElementById('told').textContent = (() => {{{script}}})()</script>",
+                    encoding="utf-8")
+    return path
+
+
+def told(document):
+    return html.unescape(re.search(r'<pre id="told">(.*?)</pre>', document, re.S)[1])
+
+
+@browser
+def test_the_page_opens_without_a_word_in_the_console_and_asks_for_nothing(written, tmp_path, proxy):
+    through = f"--proxy-server=127.0.0.1:{proxy.server_port}"
+    document, console = chromium(written[0] / "report.html", tmp_path, through)
+    assert console == [] and [path for path in proxy.asked if "example.com" in path or "google" not in path] == []
+    assert document.count("<script>") == 1 and html.escape(SCRIPT, quote=False) in document
+    bad = tmp_path / "bad.html"  # that would have been seen
+    bad.write_text("<img src=http://example.com/x.png><script>nothing()</script>")
+    assert chromium(bad, tmp_path, through)[1] and "http://example.com/x.png" in proxy.asked
+
+
+@browser
+def test_tables_are_sorted_and_arms_hidden_in_the_page(written, tmp_path):
+    script = """
+      const table = [...document.querySelectorAll('table')].find(t => t.tHead.textContent.includes('folder'));
+      const column = n => [...table.tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[n].textContent);
+      const place = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === 'seconds');
+      const before = column(place), found = [];
+      table.tHead.rows[0].cells[place].firstChild.click(); found.push(column(place), table.tHead.rows[0].cells[place].ariaSort);
+      table.tHead.rows[0].cells[place].firstChild.click(); found.push(column(place));
+      const box = [...document.querySelectorAll('fieldset input')][1]; box.click(); found.push(box.value, column(0));
+      box.click(); found.push(column(0).length);
+      return JSON.stringify([before, ...found]);"""
+    before, up, sort, down, arm, left, whole = json.loads(told(chromium(changed(written[0] / "report.html", tmp_path, script), tmp_path)[0]))
+    assert sorted(before, key=float) == up == down[::-1] and sort == "ascending" and len(set(up)) > 1
+    assert arm == ARM and set(left) == set(ARMS) - {ARM} and whole == 10
+
+
+@browser
+def test_the_page_fits_a_phone_a_dark_room_and_paper(written, tmp_path):
+    page = written[0] / "report.html"
+    script = "return [innerWidth, document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color].join(' ')"
+    for width, options, paper in ((390, (), "rgb(255, 255, 255)"), (1000, ("--blink-settings=preferredColorScheme=0",), "rgb(23, 24, 26)")):
+        found = told(chromium(changed(page, tmp_path, script), tmp_path, *options, width=width)[0])
+        inner, scroll = map(int, found.split()[:2])
+        assert scroll <= inner and paper in found, found
+    chromium(page, tmp_path, f"--print-to-pdf={tmp_path}/page.pdf")
+    printed = Path(tmp_path / "page.pdf").read_bytes()
+    assert printed.startswith(b"%PDF") and 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 40
