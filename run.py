@@ -779,6 +779,7 @@ def keep_previous(path, previous):
         except OSError:
             shutil.copyfile(path, temporary)
         os.replace(temporary, previous)
+        temporary.unlink(missing_ok=True)  # rename(2) does nothing where both names are of one file already
     except OSError as error:
         raise cannot_write(previous, error) from None
 

@@ -1,5 +1,6 @@
 """Several processes that train one network, and runs that a signal stops: real processes, gloo on this machine's CPU."""
 
+import contextlib
 import json
 import os
 import signal
@@ -135,10 +136,10 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, train_process):
                              "--image-size", "64", "--augment", "randaugment"])
     while not run.read_log(tmp_path / "cut") and process.is_alive():
         time.sleep(0.02)
-    time.sleep(0.2)
-    process.signal(signal.SIGINT)
-    time.sleep(0.02)
-    process.signal(signal.SIGINT)
+    while process.is_alive():  # two that come during one call of torch's are one to Python, which is told after it
+        with contextlib.suppress(ProcessLookupError):
+            process.signal(signal.SIGINT)
+        time.sleep(0.1)
     assert process.wait() == 130 and "go on with python train.py --resume" in process.output()
     state = run.load_checkpoint(tmp_path / "cut" / "last.pt")
     assert state["step"] == 0 and state["epoch"] == len(run.read_log(tmp_path / "cut"))

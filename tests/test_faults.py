@@ -116,6 +116,15 @@ def test_killed_between_the_two_names_a_checkpoint_is_there(copied, monkeypatch)
         assert run.last_checkpoint(folder)[0]["epoch"] == before
 
 
+def test_two_names_of_one_checkpoint_leave_no_third(copied):
+    """As after a kill between the two names: rename(2) of one file's two names does nothing."""
+    _, folder = copied
+    (folder / "previous.pt").unlink(missing_ok=True)
+    for _ in range(2):
+        run.keep_previous(folder / "last.pt", folder / "previous.pt")
+        assert (folder / "previous.pt").samefile(folder / "last.pt") and not list(folder.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda made: made["settings"].update(model="resnet18"), "made with other settings than those in config.json: model \"resnet18\", not"),
     (lambda made: made["settings"].update(seed=7), "seed 7, not 0"),
