@@ -81,7 +81,7 @@ def test_an_experiment_that_is_wrong_is_named_with_its_place(change, message, tm
 def test_a_stopped_experiment_goes_on_and_repeats_nothing_that_is_finished(tmp_path, train_process):
     configs = tmp_path / "configs.json"
     configs.write_text(json.dumps(with_experiment(TINY)))
-    arguments, folder = ["--experiment", "tiny", "--out", tmp_path / "runs", "--epochs", "20"], tmp_path / "runs" / "tiny"
+    arguments, folder = ["--experiment", "tiny", "--out", tmp_path / "runs", "--epochs", "8"], tmp_path / "runs" / "tiny"
     process = train_process(arguments, configs=configs)
     while not (folder / "none-s0" / "log.jsonl").exists() and process.is_alive():
         time.sleep(0.02)
@@ -93,16 +93,16 @@ def test_a_stopped_experiment_goes_on_and_repeats_nothing_that_is_finished(tmp_p
     process = train_process([*arguments, "--jobs", "2"], configs=configs)
     assert process.wait() == 0, process.output()
     assert "All 2 cells are done" in process.output()
-    assert [line["epoch"] for line in run.read_log(folder / "none-s0")] == list(range(1, 21))
+    assert [line["epoch"] for line in run.read_log(folder / "none-s0")] == list(range(1, 9))
     told = json.loads((folder / "all-s0" / "env.json").read_text())["command"]
-    assert "--select=all" in told and "--epochs=20" in told and "--no-pretrained" in told
+    assert "--select=all" in told and "--epochs=8" in told and "--no-pretrained" in told
 
     before = (folder / "all-s0" / "metrics.json").stat().st_mtime_ns
     again = train_process([*arguments, "--cell", "2/2"], configs=configs)
     assert again.wait() == 0 and "1 of 1 to do are done already" in again.output()
     assert (folder / "all-s0" / "metrics.json").stat().st_mtime_ns == before
     other = train_process([*arguments[:-1], "3"], configs=configs)
-    assert other.wait() == 2 and "was made with other settings (epochs 20, now 3)" in other.output()
+    assert other.wait() == 2 and "was made with other settings (epochs 8, now 3)" in other.output()
 
 
 def test_a_cell_that_cannot_start_ends_the_experiment_with_its_line(tmp_path, capsys):

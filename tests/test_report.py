@@ -215,7 +215,7 @@ def test_tables_are_sorted_and_arms_hidden_in_the_page(written, tmp_path):
     script = """
       const table = [...document.querySelectorAll('table')].find(t => t.tHead.textContent.includes('folder'));
       const column = n => [...table.tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[n].textContent);
-      const place = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === 'seconds');
+      const place = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === 'seed');
       const before = column(place), found = [];
       table.tHead.rows[0].cells[place].firstChild.click(); found.push(column(place), table.tHead.rows[0].cells[place].ariaSort);
       table.tHead.rows[0].cells[place].firstChild.click(); found.push(column(place));
