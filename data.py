@@ -838,11 +838,13 @@ class Order:
 
     The order of an epoch follows from (seed, epoch) alone. The last batch is filled up from the epoch's beginning,
     so that every image is seen in every epoch and no batch has another shape. rank, ranks: of each batch, this is the process that
-    takes the rank-th of `ranks` equal parts. Set `epoch`, and `start` to leave out an epoch's first batches.
+    takes the rank-th of `ranks` equal parts. Set `epoch`, and `start` to leave out an epoch's first batches. weights: int64 [length], or None:
+    then as many images are drawn of an epoch in which each is that many times, so that not every one is seen.
     """
 
-    def __init__(self, length, batch_size, seed, rank=0, ranks=1):
+    def __init__(self, length, batch_size, seed, rank=0, ranks=1, weights=None):
         self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
+        self.weights = weights
         self.batch_size = max(min(batch_size, length) // ranks, 1)  # of this process
         self.rank, self.ranks = rank, ranks
 
@@ -851,7 +853,8 @@ class Order:
 
     def rows(self):
         """Positions of the whole epoch, int64 [batches, batch_size of all ranks]."""
-        order = _generator("order", self.seed, self.epoch).permutation(self.length)
+        order = self.length if self.weights is None else np.repeat(np.arange(self.length), self.weights)
+        order = _generator("order", self.seed, self.epoch).permutation(order)[:self.length]
         return np.resize(order, (len(self), self.batch_size * self.ranks))
 
     def __iter__(self):
@@ -877,16 +880,17 @@ class Batches:
 
     With `seed` they are shuffled: set `.order.epoch`, then iterate. Without, they come in the order of `ids` and the
     last one may be shorter. Images that are decoded already (`dataset.pixels`) stay on the device where they fit, or else come
-    from memory or the disk, a few batches ahead; others are decoded by `workers` processes. rank, ranks: as in `Order`. decoy: whether
+    from memory or the disk, a few batches ahead; others are decoded by `workers` processes. rank, ranks, weights: as in `Order`. decoy: whether
     images show the dataset's decoys, where it has them.
     """
 
-    def __init__(self, dataset, ids, size, batch_size, device, workers=0, seed=None, rank=0, ranks=1, decoy=True):
+    def __init__(self, dataset, ids, size, batch_size, device, workers=0, seed=None, rank=0, ranks=1, decoy=True, weights=None):
         number = {image_id: i for i, image_id in enumerate(dataset.ids)}
         self.indices = np.array([number[i] for i in ids], dtype=np.int64)
         self.device = device
         self.labels = torch.from_numpy(dataset.labels[self.indices])
-        self.order = InOrder(len(ids), batch_size, rank, ranks) if seed is None else Order(len(ids), batch_size, seed, rank, ranks)
+        self.order = InOrder(len(ids), batch_size, rank, ranks) if seed is None \
+            else Order(len(ids), batch_size, seed, rank, ranks, weights)
         self.resident, self.loader, self.pixels, self.decoy = None, None, dataset.pixels, None
         if decoy and dataset.decoy is not None:
             self.decoy = [torch.from_numpy(array[self.indices]).to(device) for array in (dataset.decoy.corners, dataset.decoy.colours)]

@@ -5,7 +5,7 @@
     python train.py --experiment demo --cell 3/6             # the third of six shares, as a job of a SLURM array runs it
 
 `configs.json` has, under "experiments", by name: "arms", {name: settings}, or "grid", {setting: [values]}, or both, which are then
-combined; "seeds", a list; and "settings" that all runs have. An arm with "init": "@ARM" starts from that arm's run of the same seed. A cell is one arm with
+combined; "seeds", a list; and "settings" that all runs have. An arm with "init" or "reweight": "@ARM" builds on that arm's run of the same seed. A cell is one arm with
 one seed; its run is `runs/NAME/ARM-sSEED`, made by a command line that `env.json` shows and that gives the same run by hand. Where an arm has "cam":
 "none", settings of the grid that would then say nothing are left out, and cells that are then alike are one.
 """
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
     seed: int
     options: dict  # settings, as `run.resolve` takes them
     folder: Path
-    needs: Path | None = None  # the run that it starts from
+    needs: Path | None = None  # the run that it builds on
 
     def config(self, configs):
         return run.resolve(configs, self.options)
@@ -65,11 +65,12 @@ def cells(configs, name, given):
         cell_name = run.safe_name(f"{label}-s{seed}")
         options = {**entry.get("settings", {}), **settings, **point, **given, "seed": seed, "out": str(folder), "name": cell_name}
         needs = None
-        if (options.get("init") or "").startswith("@"):
-            if options["init"][1:] not in arms or grid:
-                raise UserError(f"configs.json: experiments.{name}.arms.{arm}.init: {options['init']!r} is no arm, or there is a grid too")
-            needs = folder / run.safe_name(f"{options['init'][1:]}-s{seed}")
-            options["init"] = str(needs)
+        for key in ("init", "reweight"):
+            if (other := options.get(key) or "").startswith("@"):
+                if other[1:] not in arms or grid:
+                    raise UserError(f"configs.json: experiments.{name}.arms.{arm}.{key}: {other!r} is no arm, or there is a grid too")
+                needs = folder / run.safe_name(f"{other[1:]}-s{seed}")
+                options[key] = str(needs)
         if given.get("cache", "auto") == "auto":  # decoded images are shared by the experiment, and with runs beside it
             options["cache"] = str(folder.parent / ".cache")
         found.setdefault(cell_name, Cell(label, seed, options, folder / cell_name, needs))

@@ -93,6 +93,9 @@ SETTINGS = {
     "weights": Setting(str, "start from a local .safetensors or .pth file instead", optional=True),
     "init": Setting(str, "start from the network of the finished run in this folder, keeping its split; classes are told by name",
                     optional=True),
+    "reweight": Setting(str, "Just Train Twice: draw the training images that the finished run in this folder gets wrong --upweight times as "
+                        "often", optional=True),
+    "upweight": Setting(int, "how many times as often --reweight draws them", 1, 1000),
     "image_size": Setting(int, "side of the square images in pixels (null: the dataset's)", 8, 4096, optional=True),
     "train_fraction": Setting(float, "share of the training part to train on, stratified", TINY, 1),
     "decoy": Setting(bool, "plant a shortcut: a coloured square in a corner of each image gives its class away in training and validation, and "
@@ -381,6 +384,8 @@ def _settings_that_agree(config, options):
     read_interval(config["checkpoint_every"])
     if config["weights"] and config["init"]:
         raise UserError("--weights and --init contradict each other: give one of them")
+    if config["reweight"] and (staged or config["protocol"] != "fixed"):
+        raise UserError("--reweight goes with --mode online and --protocol fixed: leave it out, or change them")
     try:
         kind, argument = proxy.read_schedule(config["schedule"])
     except ValueError as error:

@@ -340,9 +340,12 @@ def forward(model, images, labels, amp):
 
 def open_batches(config, dataset, split, device):
     """This process's share of the training batches, shuffled, and of the validation batches, in order."""
-    ranks = {"rank": distributed.RANK, "ranks": distributed.RANKS}
+    ranks, weights = {"rank": distributed.RANK, "ranks": distributed.RANKS}, None
+    if config["reweight"]:
+        wrong = set(split["misled"])
+        weights = np.array([config["upweight"] if i in wrong else 1 for i in split["train"]])
     training = data.Batches(dataset, split["train"], config["image_size"], config["batch_size"], device,
-                            evaluation.decoding_workers(config), seed=config["seed"], **ranks)
+                            evaluation.decoding_workers(config), seed=config["seed"], weights=weights, **ranks)
     return training, evaluation.batches_in_order(config, dataset, split["val"], device, **ranks)
 
 
@@ -752,6 +755,8 @@ def start(options, dry_run, show_sheet):
     device = run.pick_device(config["device"])
     dataset, skipped = run.load_dataset(config), []
     split = the_split(config, dataset)  # fails before every image is looked at
+    if config["reweight"]:
+        first_of_two(config, dataset.classes)
     model, text = run.first_network(config, dataset.classes)
     layer, grid = run.try_network(config, model)
     if not dry_run:
@@ -978,12 +983,44 @@ def run_to_its_end(config, folder, dataset, split, model, device, stop, any_code
         evaluation.open_pixels(config, dataset, build=False)
     if text:
         console.print(text, markup=False, soft_wrap=True)
+    if config["reweight"]:
+        split = {**split, "misled": distributed.from_first(first_misled, config, folder, dataset, split, device)}
     if config["mode"] == "staged":
         del model
         staged(config, folder, dataset, split, device, stop, epoch)
     else:
         train(config, folder, dataset, split, model or open_network(config, folder, dataset), device, Stage(0, config["epochs"]),
               stop)
+
+
+def first_of_two(config, classes):
+    """The finished run of --reweight. Raises UserError."""
+    first = run.open_run(config["reweight"])
+    if not (first.folder / "metrics.json").is_file():
+        raise UserError(f"--reweight {first.folder}: not finished; first run python train.py --resume {first.folder}")
+    if first.split["classes"] != classes:
+        raise UserError(f"--reweight {first.folder}: has the classes {', '.join(first.split['classes'][:10])}, not {', '.join(classes[:10])}; give a "
+                        "run on the same data")
+    return first
+
+
+def first_misled(config, folder, dataset, split, device):
+    """Ids of the training images that the run of --reweight gets wrong, as they are and with its last weights; kept in `reweighted.json`.
+
+    The first half of Just Train Twice (Liu et al. 2021, algorithm 1); `Order` draws these more often, in the second. Raises UserError.
+    """
+    if (folder / "reweighted.json").is_file():
+        return run.read_json(folder / "reweighted.json")["misled"]
+    first = first_of_two(config, split["classes"])
+    model = first.network().to(device, memory_format=torch.channels_last)
+    mean, std = (t.to(device) for t in run.normalisation(first.config, model))
+    logits, labels = evaluation.predict(model, evaluation.batches_in_order(config, dataset, split["train"], device), mean, std, device)
+    wrong = (logits.argmax(1) != labels).tolist()
+    misled = [image_id for image_id, is_wrong in zip(split["train"], wrong) if is_wrong]
+    run.write_json(folder / "reweighted.json", {"run": str(first.folder), "misled": misled})
+    console.print(f"--reweight: {len(misled)} of {len(wrong)} training images are wrong there, and drawn {config['upweight']} times as often",
+                  soft_wrap=True)
+    return misled
 
 
 # --- what fits the memory ------------------------------------------------------------------------------------------

@@ -88,6 +88,18 @@ def test_a_broken_image_is_an_error_that_names_it(tmp_path):
 # --- layouts
 
 
+def test_weights_draw_images_more_often_in_an_epoch_of_the_same_length():
+    weights = np.where(np.arange(100) < 10, 20, 1)
+    order, seen = data.Order(100, 20, seed=3, weights=weights), np.zeros(100)
+    for order.epoch in range(400):
+        assert order.rows().shape == (5, 20)
+        seen += np.bincount(order.rows().ravel(), minlength=100)
+    assert seen[:10].mean() / seen[10:].mean() == pytest.approx(20, rel=0.05)  # 100 of 290 are drawn, none of them twice
+    assert np.array_equal(order.rows(), order.rows())
+    plain = data.Order(100, 20, seed=3).rows()
+    assert np.array_equal(data.Order(100, 20, seed=3, weights=np.ones(100, dtype=int)).rows(), plain)
+
+
 def test_the_digits_are_scikit_learns():
     found = load("digits", None)
     assert len(found) == 1797 and found.images.shape == (1797, 8, 8, 3) and found.images.max() == 255

@@ -13,6 +13,7 @@ import torch
 from conftest import hash_folder
 from PIL import Image
 
+import data
 import eval as evaluation
 import run
 import train
@@ -646,6 +647,28 @@ def test_names_with_markup_stay_in_the_runs_folder_and_the_dataset_is_untouched(
         rows = run.ErasedRound(opened.folder, 1, "jpg").rows()
         assert rows and {row["label"] for row in rows} <= set(ODD)
         assert all((opened.folder / row["file"]).is_file() and row["file"].count("/") == 3 for row in rows)
+
+
+def test_just_train_twice_draws_what_the_first_run_got_wrong_more_often(trained, tmp_path, capsys):
+    settings = ("--decoy", "--train-fraction", "0.2", "--cam", "none")
+    first = trained(*settings, epochs=3)
+    second = trained(*settings, "--reweight", str(first), "--upweight", "5", epochs=2)
+    opened = run.open_run(first)
+    dataset = opened.dataset()
+    model, (mean, std) = opened.network().eval(), run.normalisation(opened.config, opened.network())
+    wrong = []
+    for (images, labels), image_id in zip(data.Batches(dataset, opened.split["train"], 32, 1, torch.device("cpu")), opened.split["train"]):
+        with torch.no_grad():
+            wrong += [image_id] * (model(data.prepare(images, mean, std)).argmax(1) != labels).item()
+    assert wrong == run.read_json(second / "reweighted.json")["misled"] and 0 < len(wrong) < len(opened.split["train"])
+    batches = train.open_batches(run.open_run(second).config, dataset, {**opened.split, "misled": wrong}, torch.device("cpu"))[0]
+    assert set(batches.order.weights.tolist()) == {1, 5} and (batches.order.weights == 5).sum() == len(wrong)
+    assert run.read_log(second)[0]["images_seen"] == run.read_log(first)[0]["images_seen"]
+    for arguments, says in ((["--reweight", str(tmp_path)], "config.json"), (["--reweight", str(first), "--classes", "1,2"], "has the classes 0, 1"),
+                            (["--reweight", str(first), "--mode", "staged"], "goes with --mode online")):
+        assert train.main([*arguments, "--cam", "none", "--out", str(tmp_path / "runs")] if "staged" not in arguments else
+                          [*arguments, "--out", str(tmp_path / "runs")]) == 2
+        assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
