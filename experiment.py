@@ -10,10 +10,12 @@ one seed; its run is `runs/NAME/ARM-sSEED`, made by a command line that `env.jso
 "none", settings of the grid that would then say nothing are left out, and cells that are then alike are one.
 """
 
+import contextlib
 import itertools
+import multiprocessing
 import os
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -28,6 +30,12 @@ import run
 from data import UserError
 
 POLL = 0.2  # seconds between two looks at the processes
+
+# Each cell's process is a fork of one that has done the imports, which are half the time of a small run. It has not touched a GPU.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+processes = multiprocessing.get_context(METHOD)
+if METHOD == "forkserver":
+    processes.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.pyplot"])
 
 
 class Cell(NamedTuple):
@@ -144,37 +152,58 @@ def run_cells(name, given, cell=None, jobs=1, any_code=False):
                 time.sleep(POLL)
                 bar.update(task, completed=sum(epochs_done(c) for c in mine), description=", ".join(c.folder.name for c, *_ in running.values()))
                 for slot, (c, process, start) in list(running.items()):
-                    if process.poll() is not None:
+                    if process.exitcode is not None:
                         del running[slot]
-                        say_end(console, c, process.returncode, time.perf_counter() - start, failed)
-                        if process.returncode and not (c.folder / "config.json").is_file():
+                        say_end(console, c, process.exitcode, time.perf_counter() - start, failed)
+                        if process.exitcode and not (c.folder / "config.json").is_file():
                             raise UserError(f"{c.folder.name} could not start: {last_line(c)}")
         except BaseException as error:
             number = getattr(error, "signal", 2 if isinstance(error, KeyboardInterrupt) else number)
             raise
         finally:
             for _, process, _ in running.values():
-                process.send_signal(number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
             for _, process, _ in running.values():
-                process.wait()
+                process.join()
     summarise(console, every, failed, name)
     return 1 if failed else 0
 
 
 def begin(cell, slot, jobs, any_code):
-    """Start a cell's process, in a group of its own, so that Ctrl-C reaches it once and through us."""
-    environment, device, gpus = dict(os.environ), None, torch.cuda.device_count()
+    """Start a cell's process; returns (cell, process, time of its start)."""
+    device, gpus = None, torch.cuda.device_count()
     if jobs > 1 and gpus > 1 and cell.options.get("device", "auto") == "auto":
         device = f"cuda:{slot % gpus}"
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else None
     try:
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(output_of(cell), "ab") as output:
-            return cell, subprocess.Popen(command(cell, device, any_code), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                          env=environment, start_new_session=True), time.perf_counter()
+        open(output_of(cell), "ab").close()
     except OSError as error:
         raise UserError(f"{cell.folder.parent}: cannot be written ({error.strerror}); choose another --out") from None
+    process = processes.Process(target=run_cell, args=(command(cell, device, any_code)[1:], str(output_of(cell)), threads))
+    process.start()
+    return cell, process, time.perf_counter()
+
+
+def run_cell(command, output, threads):
+    """The cell's process: the command line as if it had been typed, in a group of its own, so that Ctrl-C reaches it once and through us.
+
+    What it prints is added to the file `output`. threads: of torch, or None for as many as it takes.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with open(output, "ab") as file, open(os.devnull, "rb") as nothing:
+        for stream, target in ((nothing, 0), (file, 1), (file, 2)):
+            os.dup2(stream.fileno(), target)
+    multiprocessing.set_start_method(None, force=True)  # processes that decode images start as in any run, and end when it is killed
+    if threads:
+        torch.set_num_threads(threads)
+    sys.argv = command
+    import train  # which imports this
+
+    sys.exit(train.main(command[1:]))
 
 
 def output_of(cell):

@@ -817,6 +817,7 @@ def last_checkpoint(folder, device="cpu"):
 
 
 SOURCES = ("train.py", "run.py", "proxy.py", "cam.py", "data.py", "cache.py", "distributed.py", "eval.py")  # what decides what is trained
+CODE = {name: hashlib.blake2b((HERE / name).read_bytes(), digest_size=8).hexdigest() for name in SOURCES}  # as it was when it was loaded
 
 
 def made_with(config, split):
@@ -826,7 +827,7 @@ def made_with(config, split):
     return {"settings": {key: value for key, value in config.items() if key not in PER_MACHINE},
             "classes": split["classes"], "dataset": split["fingerprint"],
             "versions": {"torch": str(torch.__version__), "timm": timm.__version__},
-            "code": {name: hashlib.blake2b((HERE / name).read_bytes(), digest_size=8).hexdigest() for name in SOURCES}}
+            "code": CODE}
 
 
 def check_made_with(folder, there, now, any_code):

@@ -106,6 +106,7 @@ def _train_main(arguments, output, rank, ranks, port, limit, configs):
     import run
     import train
 
+    multiprocessing.set_start_method(None, force=True)  # as in a process of its own: its workers end when it is killed
     if configs:
         run.read_configs.__defaults__ = (configs,)
     evaluation.draw = lambda *arguments: None
