@@ -39,6 +39,7 @@ import cache
 import cam
 import compare
 import data
+import experiment
 import explain
 import proxy
 import run
@@ -668,8 +669,8 @@ def compare_arms(options):
         given = {"out": options.out} if options.out else {}
         arms, left = compare.arms_of_experiment(run.read_configs(), options.experiment, given)
         if len(arms) < 2:
-            raise UserError(f"--experiment {options.experiment}: fewer than two arms have a finished run; first run python train.py --experiment "
-                            f"{options.experiment}")
+            raise UserError(f"--experiment {options.experiment}: fewer than two arms have a finished run; first run "
+                            + experiment.typed("train.py", options.experiment, options.out))
     else:
         arms = compare.arms_of_runs(options.runs, options.by.split(",") if options.by else ())
     by_task = options.experiment and not options.baseline
@@ -684,7 +685,7 @@ def compare_arms(options):
                 print(compare.describe(group, baseline, part) + "\n")
     for text in compare.warnings_of(arms) + [LEAK] * (runs[0].config["protocol"] == "resplit"):
         print(f"note: {text}")
-    print(f"{left} runs are not finished yet: python train.py --experiment {options.experiment}" if left
+    print(f"{left} runs are not finished yet: {experiment.typed('train.py', options.experiment, options.out)}" if left
           else "Run more seeds to narrow the intervals; python eval.py RUN shows one run")
     return 0
 

@@ -85,6 +85,11 @@ def cells(configs, name, given):
     return list(found.values())
 
 
+def typed(program, name, out=None):
+    """The command that a user types for an experiment whose runs lie in `out`, if that is not where they lie by default."""
+    return f"python {program} --experiment {name}" + (f" --out {shlex.quote(str(out))}" if out else "")
+
+
 def share_of(every, text):
     """The cells of share I of N, "I/N", each N-th one; all of them for None."""
     if text is None:
@@ -246,6 +251,6 @@ def summarise(console, every, failed, name):
     elif left:
         console.print(f"\n{left} cells are left, for other shares or jobs")
     else:
-        where = f"--experiment {name}" + ("" if str(folder.parent) == "runs" else f" --out {shlex.quote(str(folder.parent))}")
-        console.print(f"\nAll {len(every)} cells are done. python eval.py {where} compares the arms, python report.py {where} answers the questions",
+        out = None if str(folder.parent) == run.read_configs()["defaults"]["out"] else folder.parent
+        console.print(f"\nAll {len(every)} cells are done. {typed('eval.py', name, out)} compares the arms, {typed('report.py', name, out)} answers the questions",
                       markup=False, soft_wrap=True)

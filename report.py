@@ -30,6 +30,7 @@ import cam
 import compare
 import data
 import eval as evaluation
+import experiment
 import explain
 import run
 from data import UserError
@@ -800,8 +801,8 @@ def main(arguments=None):
             arms, left = compare.arms_of_experiment(configs, options.experiment, {"out": options.out} if options.out else {})
             folder = Path(options.out or configs["defaults"]["out"]) / options.experiment / "report"
             if not arms:
-                raise UserError(f"--experiment {options.experiment}: no run is finished; first run python train.py --experiment {options.experiment}")
-            about, command = configs["experiments"][options.experiment].get("help", ""), f"python train.py --experiment {options.experiment}"
+                raise UserError(f"--experiment {options.experiment}: no run is finished; first run {experiment.typed('train.py', options.experiment, options.out)}")
+            about, command = configs["experiments"][options.experiment].get("help", ""), experiment.typed("train.py", options.experiment, options.out)
         else:
             arms, folder = compare.arms_of_runs(options.runs, options.by.split(",") if options.by else ()), Path(options.out or "report")
             command = "python report.py " + " ".join(options.runs)
