@@ -252,5 +252,6 @@ def summarise(console, every, failed, name):
         console.print(f"\n{left} cells are left, for other shares or jobs")
     else:
         out = None if str(folder.parent) == run.read_configs()["defaults"]["out"] else folder.parent
-        console.print(f"\nAll {len(every)} cells are done. {typed('eval.py', name, out)} compares the arms, {typed('report.py', name, out)} answers the questions",
+        console.print(f"\nAll {len(every)} cells are done. {typed('eval.py', name, out)} compares the arms, {typed('report.py', name, out)} answers the "
+                      "questions",
                       markup=False, soft_wrap=True)
