@@ -110,7 +110,8 @@ class Study:
 
     def style(self, arm):
         place = list(self.arms).index(arm)
-        return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+        return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)],
+                "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
 
     def results(self):
         return [(arm, result) for arm, runs in self.arms.items() for _, result in sorted(runs.items())]
