@@ -33,6 +33,23 @@ def test_cells_are_arms_times_grid_times_seeds_and_each_resolves(tmp_path):
         == ("none", 0.1, "every:2", 3, 4, "test_vit")
 
 
+def test_the_cells_of_a_killed_experiment_end_and_the_same_command_goes_on(tmp_path, train_process):
+    configs = tmp_path / "configs.json"
+    configs.write_text(json.dumps(with_experiment({**TINY, "arms": {"none": {"cam": "none"}}})))
+    arguments, folder = ["--experiment", "tiny", "--out", tmp_path / "runs", "--epochs", "12"], tmp_path / "runs" / "tiny"
+    process = train_process(arguments, configs=configs)
+    while not run.read_log(folder / "none-s0") and process.is_alive():
+        time.sleep(0.02)
+    process.kill()
+    end = time.monotonic() + 60
+    while "interrupted; go on with" not in (folder / "none-s0.txt").read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(run.read_log(folder / "none-s0")) < 12
+    again = train_process(arguments, configs=configs)
+    assert again.wait() == 0 and "All 1 cells are done" in again.output(), again.output()
+    assert [line["epoch"] for line in run.read_log(folder / "none-s0")] == list(range(1, 13))
+
+
 def test_every_cell_is_in_one_share():
     every = experiment.cells(with_experiment(GRID), "tiny", {})
     for count in (1, 3, 16):
