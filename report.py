@@ -44,6 +44,11 @@ MEASURES = {"deletion": "deletion, area (lower is better)", "insertion": "insert
             "pointing": "pointing game", "inside": "share of heat inside"}
 
 
+def style_of(place):
+    """Colour, marker and line of the arm at this place among all."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
+
+
 @dataclass
 class Table:
     """A table: rows of texts and numbers under a header. arm: the column that names the arm, or None."""
@@ -109,9 +114,7 @@ class Study:
         return [arm for arm, baseline in self.against.items() if arm != baseline]
 
     def style(self, arm):
-        place = list(self.arms).index(arm)
-        return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)],
-                "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3]}
+        return style_of(list(self.arms).index(arm))
 
     def results(self):
         return [(arm, result) for arm, runs in self.arms.items() for _, result in sorted(runs.items())]
@@ -343,8 +346,7 @@ def by_fraction(study):
     """Accuracy against the share of the training data, where that varies: ([Picture, Table], a sentence), or None."""
     found = {}
     for arm, result in study.results():
-        kind = "no Proxy Attention" if result.config["cam"] == "none" else arm.split("-train_fraction=")[0]
-        found.setdefault(kind, {}).setdefault(result.config["train_fraction"], []).append(result.correct("test").mean())
+        found.setdefault(arm.split("-train_fraction=")[0], {}).setdefault(result.config["train_fraction"], []).append(result.correct("test").mean())
     fractions = sorted({f for kind in found.values() for f in kind})
     if len(fractions) < 2:
         return None
@@ -353,19 +355,20 @@ def by_fraction(study):
     for place, (kind, values) in enumerate(found.items()):
         x = sorted(values)
         mean, half = (np.array([100 * function(values[f]) for f in x]) for function in (np.mean, half_interval))
-        axes.plot([100 * f for f in x], mean, label=kind, color=COLOURS[place % 8], marker=MARKERS[place % 8])
-        axes.fill_between([100 * f for f in x], mean - half, mean + half, color=COLOURS[place % 8], alpha=0.15, linewidth=0)
+        axes.plot([100 * f for f in x], mean, label=kind, **style_of(place))
+        axes.fill_between([100 * f for f in x], mean - half, mean + half, color=style_of(place)["color"], alpha=0.15, linewidth=0)
     axes.set_xticks([100 * f for f in fractions], [f"{100 * f:g}" for f in fractions])
     axes.minorticks_off()
     legend(axes)
     table = [[kind, f"{100 * f:g}", len(v), points(np.mean(v)), f"± {points(half_interval(v))}"] for kind, values in found.items() for f, v in sorted(values.items())]
-    plain_kind, text = found.get("no Proxy Attention"), ""
-    if plain_kind:
-        largest_share = max(plain_kind)
-        whole = np.mean(plain_kind[largest_share])
-        enough = {kind: next((f for f in sorted(values) if np.mean(values[f]) >= whole), None) for kind, values in found.items() if values is not plain_kind}
-        text = " ".join(f"{kind} equals the baseline on {100 * largest_share:g}% of the data with {100 * f:g}% of it." if f and f < largest_share else
-                        f"{kind} equals the baseline on {100 * largest_share:g}% of the data with no smaller share that was tried." for kind, f in enough.items())
+    baseline = study.baseline.split("-train_fraction=")[0]
+    largest_share = max(found[baseline])
+    whole = np.mean(found[baseline][largest_share])
+    enough = {kind: next((f for f in sorted(values) if f < largest_share and np.mean(values[f]) >= whole), None)
+              for kind, values in found.items() if kind != baseline}
+    text = " ".join(f"{kind} equals the arm {baseline} on {100 * largest_share:g}% of the data with {100 * f:g}%." for kind, f in enough.items() if f)
+    if few := [kind for kind, f in enough.items() if not f]:
+        text = f"{text} With less of it {', '.join(few)} did not equal {baseline} on {100 * largest_share:g}% of the data.".strip()
     return [Picture("data-efficiency", figure, "Test accuracy against the share of the training data: mean over seeds and its 95% interval (t).",
                     "; ".join(f"{row[0]} with {row[1]}%: {row[3]}" for row in table)),
             Table("data-efficiency", "Test accuracy by share of the training data, with 95% intervals of the mean over seeds (t).",

@@ -136,10 +136,12 @@ def test_the_share_of_data_that_equals_the_baseline_is_found():
             made = simulated({"none": (6, 0.5), kind: (6, accuracy)}, images=4000, config={"train_fraction": share, "cam": kind, "dataset": "d", "data_dir": None,
                                                                               "classes": None, "model": "m", "image_size": 32, "decoy": False})
             arms[f"{kind}-train_fraction={share}"] = made[kind]
+            arms[f"cutmix-train_fraction={share}"] = made["none"]  # without Proxy Attention, but no baseline
     study = report.Study(compare.groups(arms), "made up", "", "", None)
     assert len(study.groups) == 3 and study.against["gradcam++-train_fraction=0.5"] == "none-train_fraction=0.5"
     (_, table), text = report.by_fraction(study)
-    assert text == "gradcam++ equals the baseline on 100% of the data with 50% of it."
+    assert text == "gradcam++ equals the arm none on 100% of the data with 50%. With less of it cutmix did not equal none on 100% of the data."
+    assert [row[2] for row in table.rows] == [6] * 9
     low = next(row for row in table.rows if row[:2] == ["gradcam++", "25"])
     assert float(low[3]) == pytest.approx(70, abs=1) and 0 < float(low[4].removeprefix("± ")) < 2
 
