@@ -80,6 +80,8 @@ def test_every_method_is_the_librarys_to_1e5_on_every_family(name, size):
             for variant in (kind, other_sign(kind)) if "eigen" in method else (kind,):
                 with variant(model, explain.layers, reshape_transform=explain.grid) as theirs:
                     differences.append(largest_difference(heat, theirs(images, targets)))
+                if np.max(differences[-1]) <= 1e-5:
+                    break
         assert heat.dtype == torch.float64 and heat.amax() == 1
         assert np.min(differences, axis=0).max() <= 1e-5, method
 

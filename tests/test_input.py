@@ -317,7 +317,7 @@ VALID = ("cam", "explain", "smooth", "select", "fill", "control", "area", "thres
          "checkpointing", "clip", "lr", "weight_decay", "seed", "batch_size", "model", "deterministic", "classes", "format", "rounds")
 
 
-@settings(**SAFE, max_examples=12)
+@settings(**SAFE, max_examples=8)
 @given(options=st.lists(st.sampled_from(VALID).flatmap(lambda name: right(name).map(lambda word: option(name, word))), max_size=6))
 def test_settings_that_are_taken_train_to_the_end(options, tmp_path_factory, capsys):
     folder = tmp_path_factory.mktemp("valid")
