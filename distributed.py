@@ -91,6 +91,13 @@ def wrap(model, device):
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+def share_buffers(model):
+    """Give every rank the batch statistics of rank 0, which are those that are saved. Training does so before each step, but not after the last."""
+    if RANKS > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 class Stopped(Exception):
     """A signal ended the run; `signal` is its number."""
 

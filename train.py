@@ -352,6 +352,7 @@ def open_batches(config, dataset, split, device):
 def validate(t, batches):
     """Loss and accuracy on the validation part, each image once over all processes, and the seconds that took."""
     start = time.perf_counter()
+    distributed.share_buffers(t.model)
     logits, labels = evaluation.predict(t.model, batches, t.mean, t.std, t.device, t.amp)
     found = [F.cross_entropy(logits, labels, reduction="sum").item() if len(labels) else 0.0,
              (logits.argmax(1) == labels).sum().item(), len(labels)]
@@ -476,6 +477,7 @@ def load_last(folder, stage, t):
     if distributed.RANK == 0:
         run.cut_log(folder, state["epoch"])
     t.model.load_state_dict(state["model"])
+    t.kept = flat(t.statistics)
     if (state["epoch"], state["step"]) == (stage.start, 0):
         return state["epoch"], 0, None, None
     t.optimizer.load_state_dict(state["optimizer"])

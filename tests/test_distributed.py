@@ -71,6 +71,14 @@ def test_erased_images_stay_on_their_rank_and_another_number_of_ranks_goes_on(tm
     assert run.read_log(tmp_path / "r")[-1]["erased_images"] >= 6 * 32 - 32
 
 
+def test_the_ranks_validate_the_network_that_is_saved(tmp_path, train_process):
+    """Each has batch statistics of its own after the last step of an epoch; those of rank 0 are saved."""
+    process = train_process(["--dataset", "digits", "--train-fraction", "0.15", "--batch-size", "32", "--epochs", "2", "--out", tmp_path, "--name", "r"], ranks=2)
+    assert process.wait() == 0, process.output()
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert run.read_log(tmp_path / "r")[-1]["val_loss"] == pytest.approx(metrics["val"]["log_loss"], rel=1e-6)
+
+
 def test_a_mistake_is_said_once(tmp_path, train_process):
     process = train_process(["--batch-size", "63", "--out", tmp_path / "runs"], ranks=2)
     assert process.wait() == 2 and process.output().count("2 processes cannot share it evenly") == 1 and not (tmp_path / "runs").exists()

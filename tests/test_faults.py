@@ -241,6 +241,19 @@ def test_a_skipped_step_changes_nothing_but_the_learning_rate():
         assert all(torch.isfinite(v).all() for v in model.state_dict().values())
 
 
+def test_a_step_that_is_skipped_right_after_resuming_keeps_the_statistics_of_the_checkpoint(copied, monkeypatch):
+    _, folder = copied
+    (folder / "previous.pt").replace(folder / "last.pt")  # after which there are steps to take
+    opened, state = run.open_run(folder), run.load_checkpoint(folder / "last.pt")
+    t = train.Training(opened.config, opened.network(), torch.device("cpu"), 10, 100)
+    t.model.load_state_dict({k: torch.zeros_like(v) for k, v in state["model"].items()})
+    t.kept = train.flat(t.statistics)
+    train.load_last(folder, train.Stage(0, 100), t)
+    t.begin_epoch(1)
+    _, bad = t.backward(train.forward(t.model, torch.full((5, 3, 32, 32), float("inf")), torch.arange(5), None)[1], 0, 9)
+    assert bad and all(torch.equal(v, state["model"][k]) for k, v in t.model.state_dict().items() if "num_batches" not in k)
+
+
 def test_ten_skipped_steps_in_a_row_end_the_run_and_name_the_images(tmp_path, monkeypatch, capsys):
     breaking(monkeypatch, lambda step: step >= 7)
     assert train.main(["--epochs", "9", "--out", str(tmp_path), "--name", "run", *QUICK, "--cam", "none"]) == 2
