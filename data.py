@@ -224,10 +224,11 @@ def write_atomically(path, write, sync_name=True):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch's writer raises its own over the system's
+        # Over what ended it, the system or a signal, torch's writer raises an error of its own.
+        reason = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
         if isinstance(reason, OSError):
             raise cannot_write(path, reason) from None
-        raise
+        raise reason from None
     if sync_name:
         sync_folder(path.parent)
 

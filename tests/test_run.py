@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import data
+import distributed
 import run
 from conftest import quickly, resize_limit
 from data import UserError
@@ -177,6 +178,29 @@ def test_weights_load_from_a_file_and_say_what_was_left_out(kind, tiny, tmp_path
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
+
+
+@pytest.mark.parametrize("ended", [KeyboardInterrupt(), distributed.Stopped(15), RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")])
+def test_what_a_signal_raises_while_torch_writes_comes_through(ended, tmp_path):
+    """torch's writer, left in the middle, raises "unexpected pos" over it; a run would end with a traceback."""
+    def write(file):
+        real, calls = file.write, []
+
+        class Ending:
+            def write(self, content):
+                calls.append(content)
+                if len(calls) == 3:
+                    raise ended
+                return real(content)
+
+            def flush(self):
+                file.flush()
+
+        torch.save({"a": torch.zeros(100_000)}, Ending())
+
+    with pytest.raises(type(ended)) as caught:
+        data.write_atomically(tmp_path / "last.pt", write)
+    assert caught.value is ended and not list(tmp_path.iterdir())
 
 
 def test_a_pickle_bomb_is_refused(tiny, tmp_path, monkeypatch):
