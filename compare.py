@@ -47,14 +47,26 @@ class Result(NamedTuple):
 
 def read_result(folder):
     """A finished run; UserError where it is none."""
-    opened = run.open_run(folder)
-    if not (opened.folder / "metrics.json").is_file():
-        raise UserError(f"{folder}: not finished; first run python train.py --resume {folder}")
+    opened = run.open_finished(folder)
     return Result(opened.folder, opened.config, opened.split, opened.log, run.read_json(opened.folder / "metrics.json"),
                   run.read_predictions(folder))
 
 
 # --- arms ----------------------------------------------------------------------------------------------------------
+
+
+def add_options(parser):
+    """The options of a command line that say what is compared, as `arms_asked` reads them."""
+    parser.add_argument("--experiment", metavar="NAME", help="compare the finished runs of an experiment of configs.json")
+    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with (default: the one without Proxy Attention)")
+    parser.add_argument("--by", metavar="KEY,KEY", help="settings to compare, where runs differ in more than one")
+
+
+def arms_asked(options):
+    """The arms of --experiment, or of the runs that were named, and how many runs are left of the experiment."""
+    if options.experiment:
+        return arms_of_experiment(run.read_configs(), options.experiment, {"out": options.out} if options.out else {})
+    return arms_of_runs(options.runs, options.by.split(",") if options.by else ()), 0
 
 
 def arms_of_experiment(configs, name, given):
@@ -101,12 +113,16 @@ def pick_baseline(arms, name=None):
     return "none" if "none" in arms else without[0] if without else next(iter(arms))
 
 
-def groups(arms):
+def groups(arms, baseline=None, by_task=True):
     """[(baseline, {arm: runs})]: arms of an experiment that were set the same task, and which of these the others are compared with.
+
+    With a baseline, which is then that of all, or without by_task: one group.
 
     A task is the settings in TASK: an arm on a tenth of the images is compared with the baseline on a tenth of the images. The group of the arm
     that `pick_baseline` picks comes first.
     """
+    if baseline or not by_task:
+        return [(pick_baseline(arms, baseline), arms)]
     found = {}
     for arm, runs in arms.items():
         found.setdefault(tuple(str(next(iter(runs.values())).config[key]) for key in TASK), {})[arm] = runs

@@ -664,17 +664,11 @@ def explain_images(options):
 
 def compare_arms(options):
     """Print the comparison of an experiment's arms, or of the runs named."""
-    left = 0
-    if options.experiment:
-        given = {"out": options.out} if options.out else {}
-        arms, left = compare.arms_of_experiment(run.read_configs(), options.experiment, given)
-        if len(arms) < 2:
-            raise UserError(f"--experiment {options.experiment}: fewer than two arms have a finished run; first run "
-                            + experiment.typed("train.py", options.experiment, options.out))
-    else:
-        arms = compare.arms_of_runs(options.runs, options.by.split(",") if options.by else ())
-    by_task = options.experiment and not options.baseline
-    groups = compare.groups(arms) if by_task else [(compare.pick_baseline(arms, options.baseline), arms)]
+    arms, left = compare.arms_asked(options)
+    if options.experiment and len(arms) < 2:
+        raise UserError(f"--experiment {options.experiment}: fewer than two arms have a finished run; first run "
+                        + experiment.typed("train.py", options.experiment, options.out))
+    groups = compare.groups(arms, options.baseline, by_task=bool(options.experiment))
     runs = [result for arm in arms.values() for result in arm.values()]
     if not options.any_protocol and len({result.config["protocol"] for result in runs}) > 1:
         raise UserError("some of these runs were trained with --protocol resplit, which leaks validation images into training; leave them out, or mix "
@@ -703,10 +697,8 @@ def main(arguments=None):
     parser.add_argument("--out", help="with --image: folder for the sheets (default: the run's, or the current one); with --experiment: "
                         "the one it was run with")
     parser.add_argument("--explanations", action="store_true", help="measure the explanations of runs: deletion, insertion, ROAD and others")
-    parser.add_argument("--experiment", metavar="NAME", help="compare the finished runs of an experiment of configs.json")
     parser.add_argument("--leaning", action="store_true", help="do runs lean on few pixels, as on a shortcut? Looks at validation images alone")
-    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with (default: the one without Proxy Attention)")
-    parser.add_argument("--by", metavar="KEY,KEY", help="settings to compare, where runs differ in more than one")
+    compare.add_options(parser)
     parser.add_argument("--any-protocol", action="store_true", help="show runs with a fixed split beside runs without")
     options = parser.parse_args(arguments)
     try:

@@ -172,7 +172,7 @@ def run_cells(name, given, cell=None, jobs=1, any_code=False):
                     os.kill(process.pid, number)
             for _, process, _ in running.values():
                 process.join()
-    summarise(console, every, failed, name)
+    summarise(console, every, failed, name, given.get("out"))
     return 1 if failed else 0
 
 
@@ -245,21 +245,18 @@ def say_end(console, cell, status, seconds, failed):
     console.print(f"{cell.folder.name}: {text}", markup=False, soft_wrap=True)
 
 
-def summarise(console, every, failed, name):
-    """Test accuracy of each arm over its finished seeds."""
+def summarise(console, every, failed, name, out):
+    """Test accuracy of each arm over its finished seeds. out: as on the command line."""
     console.print(f"\n{'arm':30}{'seeds':>8}{'test accuracy':>16}{'sd':>10}")
     for arm in dict.fromkeys(c.arm for c in every):
         found = [run.read_json(c.folder / "metrics.json")["test"]["accuracy"] for c in every if c.arm == arm and c.finished()]
         figures = f"{np.mean(found):16.4f}" + (f"{np.std(found, ddof=1):10.4f}" if len(found) > 1 else "") if found else f"{'-':>16}"
         console.print(f"{arm:30}{len(found):>8}{figures}", markup=False, soft_wrap=True)
     left = sum(not c.finished() for c in every)
-    folder = every[0].folder.parent
     if failed:
         console.print(f"\n{len(failed)} cells failed; {output_of(failed[0])} tells of the first. Run the same command again for these alone")
     elif left:
         console.print(f"\n{left} cells are left, for other shares or jobs")
     else:
-        out = None if str(folder.parent) == run.read_configs()["defaults"]["out"] else folder.parent
         console.print(f"\nAll {len(every)} cells are done. {typed('eval.py', name, out)} compares the arms, {typed('report.py', name, out)} answers the "
-                      "questions",
-                      markup=False, soft_wrap=True)
+                      "questions", markup=False, soft_wrap=True)

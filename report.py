@@ -790,27 +790,24 @@ def main(arguments=None):
     """The command line; returns the exit status, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished runs")
-    parser.add_argument("--experiment", metavar="NAME", help="the finished runs of an experiment of configs.json")
     parser.add_argument("--out", help="the folder that the experiment's runs are in (default: configs.json's), or for runs the report's folder")
-    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with (default: the one without Proxy Attention)")
-    parser.add_argument("--by", metavar="KEY,KEY", help="settings to compare, where runs differ in more than one")
+    compare.add_options(parser)
     parser.add_argument("--no-heat", action="store_true", help="leave out what needs the networks and the images")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     options = parser.parse_args(arguments)
     try:
         if bool(options.runs) == bool(options.experiment):
             raise UserError("name runs or an experiment. See python report.py --help")
-        configs, left, about = run.read_configs(), 0, ""
+        configs, about, (arms, left) = run.read_configs(), "", compare.arms_asked(options)
         if options.experiment:
-            arms, left = compare.arms_of_experiment(configs, options.experiment, {"out": options.out} if options.out else {})
             folder = Path(options.out or configs["defaults"]["out"]) / options.experiment / "report"
             if not arms:
                 raise UserError(f"--experiment {options.experiment}: no run is finished; first run {experiment.typed('train.py', options.experiment, options.out)}")
             about, command = configs["experiments"][options.experiment].get("help", ""), experiment.typed("train.py", options.experiment, options.out)
         else:
-            arms, folder = compare.arms_of_runs(options.runs, options.by.split(",") if options.by else ()), Path(options.out or "report")
+            folder = Path(options.out or "report")
             command = "python report.py " + " ".join(options.runs)
-        groups = compare.groups(arms) if options.experiment and not options.baseline else [(compare.pick_baseline(arms, options.baseline), arms)]
+        groups = compare.groups(arms, options.baseline, by_task=bool(options.experiment))
         study = Study(groups, options.experiment or "Runs", about, command, run.pick_device(options.device), not options.no_heat)
         page = write_report(study, folder)
     except UserError as error:

@@ -518,9 +518,7 @@ def first_network(config, classes):
 
 def _continue_from(model, config, classes):
     """Load the last weights of the run config["init"]; of the head, the rows of the classes that both have, told by name."""
-    opened = open_run(config["init"])
-    if not (opened.folder / "metrics.json").is_file():
-        raise UserError(f"--init {opened.folder}: not finished; first run python train.py --resume {opened.folder}")
+    opened = open_finished(config["init"], "--init ")
     if opened.config["model_entry"] != config["model_entry"]:
         raise UserError(f"--init {opened.folder}: its network is --model {opened.config['model']}, not {config['model']}")
     found, own, old = load_checkpoint(opened.folder / "last.pt")["model"], model.state_dict(), opened.split["classes"]
@@ -1205,6 +1203,14 @@ def with_decoy(dataset, config, split):
     """The dataset, with the decoys of a run that has them."""
     dataset.decoy = data.draw_decoy(dataset, split, config["seed"]) if config["decoy"] else None
     return dataset
+
+
+def open_finished(folder, option=""):
+    """`open_run` of a run that has its result; option: what named it, for the UserError where it has none."""
+    opened = open_run(folder)
+    if not (opened.folder / "metrics.json").is_file():
+        raise UserError(f"{option}{opened.folder}: not finished; first run python train.py --resume {opened.folder}")
+    return opened
 
 
 def open_run(folder):

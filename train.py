@@ -167,13 +167,13 @@ class Training:
         self.energy = run.Energy(device, first=distributed.LOCAL_RANK == 0)
         self.skips, self.made_with = Skips(device), None
         self.statistics = [b for b in model.buffers() if b.is_floating_point()]
-        self.kept = flat(self.statistics)
         if erases:
             layer = inner_layers(model, config["layer"]) if config["checkpointing"] else config["layer"]
             self.explain = cam.CAM(model, config["cam"], layer, config["smooth"], compiled=config["compile"])
 
     def begin_epoch(self, epoch):
         """Training mode; while --freeze lasts only for the head, the rest keeping also its batch statistics."""
+        self.kept = flat(self.statistics)
         frozen = epoch < self.config["freeze"]
         if frozen is not self.frozen:
             self.frozen = frozen
@@ -477,7 +477,6 @@ def load_last(folder, stage, t):
     if distributed.RANK == 0:
         run.cut_log(folder, state["epoch"])
     t.model.load_state_dict(state["model"])
-    t.kept = flat(t.statistics)
     if (state["epoch"], state["step"]) == (stage.start, 0):
         return state["epoch"], 0, None, None
     t.optimizer.load_state_dict(state["optimizer"])
@@ -997,9 +996,7 @@ def run_to_its_end(config, folder, dataset, split, model, device, stop, any_code
 
 def first_of_two(config, classes):
     """The finished run of --reweight. Raises UserError."""
-    first = run.open_run(config["reweight"])
-    if not (first.folder / "metrics.json").is_file():
-        raise UserError(f"--reweight {first.folder}: not finished; first run python train.py --resume {first.folder}")
+    first = run.open_finished(config["reweight"], "--reweight ")
     if first.split["classes"] != classes:
         raise UserError(f"--reweight {first.folder}: has the classes {', '.join(first.split['classes'][:10])}, not {', '.join(classes[:10])}; give a "
                         "run on the same data")
