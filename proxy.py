@@ -265,8 +265,24 @@ def transplant(images, mask, scene):
     return put(filled, pasted, images[donors])
 
 
+def swap(images, mask, scene):
+    """Another chosen image's pixels, both where the image itself is hot and where the other is; the other is of another class.
+
+    As `transplant`, but whatever is pasted speaks against the label, where with two classes half of what `transplant` pastes repeats a shortcut; and
+    no noise tells these images from others. Noise where no image of another class was chosen.
+    """
+    classes = scene.classes[scene.rows]
+    foreign = (classes[:, None] != classes) & scene.chosen
+    if not len(images):
+        return images
+    draw = torch.rand(foreign.shape, generator=scene.generator, device=images.device)
+    score, donors = torch.where(foreign, draw, -1.0).max(1)
+    both = mask | mask[donors] if mask.dtype == torch.bool else torch.maximum(mask, mask[donors])
+    return torch.where((score >= 0)[:, None, None, None], put(images, both, images[donors]), noise(images, mask, scene))
+
+
 FILLS = {"black": black, "white": white, "mean": mean, "max": maximum, "min": minimum, "noise": noise, "blur": blur,
-         "blend": blend, "other": other, "transplant": transplant}
+         "blend": blend, "other": other, "transplant": transplant, "swap": swap}
 
 
 def erase(images, mask, fill, scene):

@@ -220,7 +220,7 @@ def inside(images, mask):
     return images.permute(0, 2, 3, 1)[mask]
 
 
-@pytest.mark.parametrize("fill", [f for f in proxy.FILLS if f != "transplant"])
+@pytest.mark.parametrize("fill", [f for f in proxy.FILLS if f not in ("transplant", "swap")])
 def test_a_fill_changes_the_masked_pixels_of_new_images_and_no_others(fill, images, mask):
     before = images.clone()
     erased = filled(images, mask, fill)
@@ -302,12 +302,26 @@ def test_transplant_makes_noise_of_the_own_hot_pixels_and_pastes_anothers_at_the
     assert none_filled(images, mask, "transplant") == (0, 3, 24, 24)
 
 
+def test_swap_takes_own_and_the_others_hot_pixels_from_one_chosen_image_of_another_class(images, mask):
+    chosen, classes, seen = torch.tensor([True, False, True, True, False, True]), torch.tensor([0, 1, 0, 1, 2, 1]), set()
+    for key in range(40):
+        erased = filled(images, mask, "swap", chosen=chosen, classes=classes, generator=data.chance("cpu", key))
+        for i in chosen.nonzero()[:, 0].tolist():
+            donors = [j for j in range(6) if torch.equal(erased[i], torch.where(mask[i] | mask[j], images[j], images[i]))]
+            assert len(donors) == 1 and chosen[donors[0]] and classes[donors[0]] != classes[i]
+            seen.add((i, donors[0]))
+    assert seen == {(0, 3), (0, 5), (2, 3), (2, 5), (3, 0), (3, 2), (5, 0), (5, 2)}
+    alike = {fill: filled(images, mask, fill, classes=torch.zeros(6, dtype=torch.long)) for fill in ("noise", "swap")}
+    assert torch.equal(outside(alike["swap"], mask), outside(images, mask)) and (inside(alike["swap"], mask) != inside(images, mask)).any(1).float().mean() > 0.95
+    assert none_filled(images, mask, "swap") == (0, 3, 24, 24)
+
+
 @pytest.mark.parametrize("fill", list(proxy.FILLS))
 def test_a_soft_mask_mixes_in_proportion(fill, images, mask):
     hard = filled(images, mask, fill)
     assert torch.allclose(filled(images, mask.float(), fill), hard, atol=1e-6)
     half = filled(images, 0.5 * mask.float(), fill)
-    if fill != "transplant":  # there two masks lie on top of each other
+    if fill not in ("transplant", "swap"):  # there two masks lie on top of each other
         assert torch.allclose(half, (images + hard) / 2, atol=1e-6)
 
 
