@@ -5,6 +5,7 @@
     python eval.py --experiment NAME      # compare the arms of an experiment
     python eval.py runs/NAME --explanations            # deletion, insertion, ROAD …: how good is its heat?
     python eval.py runs/NAME --leaning                 # does it recognise images by few pixels, as by a shortcut?
+    python eval.py runs/NAME --where --layer blocks.4  # how much of a planted square, or of the object, does each method find there?
     python eval.py runs/NAME --image cat.jpg FOLDER --cam gradcam layercam       # where it looks in these images
     python eval.py --model efficientnet_lite0 --weights FILE --image cat.jpg     # the same for a network without a run
 
@@ -541,8 +542,9 @@ def describe_explanations(folder):
 def write_leaning(folder, device=torch.device("cpu")):
     """Whether a finished run's network leans on few pixels, by `explain.leaning` on its validation images: into `leaning.json`, and returned.
 
-    images; the shares of them that are right as they are, without the hottest pixels and without as many at a random place ("right",
-    "hottest", "random"); "gap", random minus hottest, and "interval", its 95% interval over images.
+    images; "right", the share of them that is right as they are; "ways": for each of `explain.WAYS` that the network has a layer for "cam", "explain" and
+    "layer", the shares that are right without the hottest pixels and without as many at a random place ("hottest", "random"), "gap", random minus
+    hottest, and "interval", its 95% interval over images. The way with the largest gap stands first.
     """
     opened = run.open_run(folder)
     config, dataset = opened.config, opened.dataset()
@@ -551,27 +553,79 @@ def write_leaning(folder, device=torch.device("cpu")):
     model = opened.network().to(device)
     normalisation = tuple(t.to(device) for t in run.normalisation(config, model))
     ids, size = data.shuffled(opened.split["val"], "leaning", config["seed"])[:LEANING], explained_at_once(config["image_size"])
-    batches = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config))
-    layer, found = config["layer"] if config["cam"] not in (*cam.ATTENTION, "none") else None, []
-    for number, (pixels, labels) in enumerate(batches):
-        found.append(explain.leaning(model, data.prepare(pixels, *normalisation), labels.to(device), normalisation, layer, (config["seed"], number)))
-    values = {name: torch.cat([batch[name] for batch in found]).cpu().numpy() for name in found[0]}
-    gap = values["random"].astype(np.int8) - values["hottest"].astype(np.int8)
-    told = {"images": len(gap), **{name: float(value.mean()) for name, value in values.items()}, "gap": float(gap.mean()),
-            "interval": compare.bootstrap_interval([gap], False)}
+    batches, told, why_not = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config)), [], None
+    for way in explain.WAYS:
+        try:
+            found = [explain.leaning(model, data.prepare(pixels, *normalisation), labels.to(device), normalisation, way, (config["seed"], number))
+                     for number, (pixels, labels) in enumerate(batches)]
+        except ValueError as error:  # no layer for it
+            why_not = error
+            continue
+        values = {name: torch.cat([batch[name] for batch in found]).cpu().numpy() for name in found[0]}
+        gap = values["random"].astype(np.int8) - values["hottest"].astype(np.int8)
+        told.append({**dict(zip(("cam", "explain", "layer"), way)), **{name: float(value.mean()) for name, value in values.items()},
+                     "gap": float(gap.mean()), "interval": compare.bootstrap_interval([gap], False)})
+    if not told:
+        raise UserError(f"--leaning {folder}: {why_not}")
+    told = {"images": len(ids), "right": told[0]["right"], "ways": sorted(told, key=lambda way: -way["gap"])}
     run.write_json(opened.folder / "leaning.json", told)
     return told
 
 
 def describe_leaning(folder, told):
     """What `write_leaning` found, for a person."""
-    low, high = told["interval"]
-    leans = told["gap"] > explain.LEANS
-    return (f"{folder}: of {told['images']} validation images {100 * told['right']:.1f}% are right; {100 * told['hottest']:.1f}% with their hottest "
-            f"{100 * explain.LEAN_AREA:g}% of pixels as noise, {100 * told['random']:.1f}% with as many at a random place: {100 * told['gap']:+.1f} points "
-            f"({100 * low:.1f} to {100 * high:.1f})\n"
-            + ("It leans on few pixels, as on a shortcut: train with --select all --explain true --fill transplant --area 0.05" if leans else
-               f"It does not lean on few pixels (that is above {100 * explain.LEANS:g} points): no shortcut is found"))
+    lines = [f"{folder}: of {told['images']} validation images {100 * told['right']:.1f}% are right. With {100 * explain.LEAN_AREA:g}% of their pixels as noise, the hottest or as many "
+             "at a random place:", f"{'method':12}{'explained':12}{'layer':18}{'hottest':>9}{'random':>9}{'costs':>9}   95% interval"]
+    for way in told["ways"]:
+        low, high = way["interval"]
+        lines.append(f"{way['cam']:12}{way['explain']:12}{way['layer'] or 'as the rule has':18}{100 * way['hottest']:8.1f}%{100 * way['random']:8.1f}%"
+                     f"{100 * way['gap']:+9.1f}   {100 * low:.1f} to {100 * high:.1f}")
+    most = told["ways"][0]
+    return "\n".join(lines) + "\n" + (
+        f"It leans on few pixels, as on a shortcut: train with --select all --cam {most['cam']} --explain {'margin' if most['explain'] == 'margin' else 'true'}"
+        + f" --layer {most['layer']}" * bool(most["layer"]) + f" --fill transplant --area {explain.LEAN_AREA:g}" if most["gap"] > explain.LEANS else
+        f"It does not lean on few pixels (that is above {100 * explain.LEANS:g} points): no shortcut is found")
+
+
+def write_where(folder, methods, layer, device=torch.device("cpu")):
+    """How much of a run's planted squares, or of the object, each way of explaining finds on its validation images, as `explain.where`.
+
+    methods: CAM methods. layer: the layer to explain; None for the run's own or the rule's. Adds to `where.json`, a row for each method, layer and
+    explained score, and returns those asked for. Raises UserError where nothing is known of where heat should lie.
+    """
+    opened = run.open_run(folder)
+    config, dataset = opened.config, opened.dataset()
+    if dataset.pixels is None:
+        open_pixels(config, dataset, build=False)
+    model = opened.network().to(device)
+    mean, std = (t.to(device) for t in run.normalisation(config, model))
+    layer = layer or (config["layer"] if config["cam"] not in cam.ATTENTION else None)
+    ids, size = data.shuffled(opened.split["val"], "where", config["seed"])[:LEANING], explained_at_once(config["image_size"])
+    batches, parts = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config)), []
+    for number, (pixels, labels) in enumerate(batches):
+        name, mask = data.masks_of(dataset, batches.indices[number * size:number * size + len(pixels)], pixels)
+        if mask is None:
+            raise UserError(f"--where {folder}: nothing is known of where the object is in {config['dataset']}; it is for runs with --decoy, and for "
+                            f"{', '.join(data.MASKS)}")
+        try:
+            parts.append(explain.where(model, data.prepare(pixels, mean, std), labels.to(device), mask, methods, layer))
+        except ValueError as error:
+            raise UserError(f"--where {folder}: {error}") from None
+    rows = [{"method": method, "layer": layer, "explain": score, "mask": name, "images": len(ids),
+             **{key: float(torch.cat([part[method, score][key] for part in parts]).mean()) for key in parts[0][method, score]}} for method, score in parts[0]]
+    path, asked = opened.folder / "where.json", {(r["method"], r["layer"], r["explain"]) for r in rows}
+    there = run.read_json(path) if path.exists() else []
+    run.write_json(path, [r for r in there if (r["method"], r["layer"], r["explain"]) not in asked] + rows)
+    return rows
+
+
+def describe_where(folder, rows):
+    """What `write_where` found, for a person."""
+    lines = [f"{folder}: of the {rows[0]['mask']} in {rows[0]['images']} validation images, {100 * rows[0]['covered']:.1f}% of their pixels",
+             f"{'method':14}{'layer':20}{'explained':12}{f'hottest {100 * explain.LEAN_AREA:g}% cover':>20}{'hottest pixel on it':>22}{'heat on it':>12}"]
+    lines += [f"{r['method']:14}{r['layer'] or 'as the rule has it':20}{r['explain']:12}{100 * r['erased']:19.1f}%{100 * r['pointing']:21.1f}%{100 * r['inside']:11.1f}%"
+              for r in rows]
+    return "\n".join(lines)
 
 
 # --- where a network looks in any image ------------------------------------------------------------------------------
@@ -690,30 +744,38 @@ def main(arguments=None):
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's folder, as runs/NAME")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--image", nargs="+", help="images, or folders of them, to draw the heat for")
-    parser.add_argument("--cam", nargs="+", help=f"with --image: {', '.join(cam.METHODS)} (default: the run's own, or gradcam)")
-    parser.add_argument("--layer", help="with --image: the layer to explain (default: the run's own, or the rule's)")
+    parser.add_argument("--cam", nargs="+", help=f"with --image, --where or --explanations: {', '.join(cam.METHODS)} (default with --image: the run's own, or gradcam)")
+    parser.add_argument("--layer", help="with --image or --where: the layer to explain (default: the run's own, or the rule's)")
     parser.add_argument("--model", help="with --image: a network instead of a run's")
     parser.add_argument("--weights", help="with --model: its weights (default: timm's pretrained ones)")
     parser.add_argument("--out", help="with --image: folder for the sheets (default: the run's, or the current one); with --experiment: "
                         "the one it was run with")
     parser.add_argument("--explanations", action="store_true", help="measure the explanations of runs: deletion, insertion, ROAD and others")
     parser.add_argument("--leaning", action="store_true", help="do runs lean on few pixels, as on a shortcut? Looks at validation images alone")
+    parser.add_argument("--where", action="store_true", help="how much of the planted square, or of the object, do --cam's methods find at --layer?")
     compare.add_options(parser)
     parser.add_argument("--any-protocol", action="store_true", help="show runs with a fixed split beside runs without")
     options = parser.parse_args(arguments)
     try:
         if sum(map(bool, (options.runs, options.model, options.experiment))) != 1 or (options.image and len(options.runs) > 1):
             raise UserError("name runs, or an experiment, or with --image one run or a network with --model. See python eval.py --help")
-        if not options.image and (options.model or options.cam and not options.explanations or options.layer or options.weights
-                                  or options.out and not options.experiment):
+        if not options.image and (options.model or options.cam and not (options.explanations or options.where) or options.layer and not options.where
+                                  or options.weights or options.out and not options.experiment):
             raise UserError("--model, --weights, --cam, --layer and --out go with --image. See python eval.py --help")
-        if options.leaning and not options.runs:
-            raise UserError("--leaning goes with runs. See python eval.py --help")
+        if (options.leaning or options.where) and not options.runs:
+            raise UserError("--leaning and --where go with runs. See python eval.py --help")
         if options.explanations and not options.runs or options.explanations and options.cam and len(options.cam) > 1:
             raise UserError("--explanations goes with runs, and with one --cam at most. See python eval.py --help")
         if options.leaning:
             for folder in options.runs:
                 print(describe_leaning(folder, write_leaning(folder, run.pick_device(options.device))))
+            return 0
+        if options.where:
+            methods = options.cam or ["gradcam", "layercam"]
+            for method in methods:
+                run.SETTINGS["cam"].check(method, "--cam")
+            for folder in options.runs:
+                print(describe_where(folder, write_where(folder, methods, options.layer, run.pick_device(options.device))) + "\n")
             return 0
         if options.explanations:
             for folder in options.runs:

@@ -3,6 +3,7 @@
     python eval.py runs/NAME --explanations                 # into explanations.json and .npz, measured with a method other than the run's own
     python eval.py runs/NAME --explanations --cam gradcam   # with this one
     python eval.py runs/NAME --leaning                      # is there a shortcut? Looks at validation images alone
+    python eval.py runs/NAME --where --layer blocks.4       # how much of a planted square, or of the object, each way of explaining finds
 
 Everything takes whole batches on their device. images: [N, 3, H, W], normalised. heat: [N, H, W] in [0, 1] at the images' size. classes: int64 [N],
 whose probability is watched. "Taken away" is: black as the network sees it (the mean colour, 0 after normalisation) for deletion, a blurred image
@@ -211,24 +212,47 @@ def heat_of(model, images, method, layer, classes=None):
 
 LEAN_AREA = 0.05  # of an image's pixels
 LEANS = 0.1  # points of accuracy that the hottest of these are worth more than others; what it is for a shortcut and without one is in the README
+# Ways to explain: method, key of cam.EXPLAIN, layer. Grad-CAM's weights are means over the map, which one small square hardly moves; GradCAMElementWise keeps what speaks
+# for the class place by place, also where an activation is negative (of a linear bottleneck), which LayerCAM drops.
+WAYS = (("gradcam", "predicted", None), ("elementwise", "margin", None), ("elementwise", "margin", "8x8"))
 
 
-def leaning(model, images, labels, normalisation, layer=None, key=()):
+def leaning(model, images, labels, normalisation, way=WAYS[0], key=()):
     """Which images a network in eval mode gets right: as they are, with the hottest LEAN_AREA of their pixels as noise, and with the same shape as noise
     at a random place: three bool [N], "right", "hottest" and "random".
 
     Where "hottest" is lost and "random" is not, the network recognises the image by a few pixels in one place, as it does by a shortcut; an object
     leaves enough to be recognised by. It takes labels of validation images alone, to which a shortcut tells the truth. The erasing is the
-    training step's own, by Grad-CAM of the predicted class. normalisation: (mean, std), each [1, 3, 1, 1].
+    training step's own. way: CAM method, what is explained, and layer, as in WAYS: one that does not find what the network goes by loses nothing, so that
+    the way that loses most is the one to train with. normalisation: (mean, std), each [1, 3, 1, 1]. Raises ValueError where the way fits no layer.
     """
-    settings = {"explain": "predicted", "area": LEAN_AREA, "threshold": None, "soften": 0, "fill": "noise", "weight": 1.0}
+    method, score, layer = way
+    settings = {"explain": score, "area": LEAN_AREA, "threshold": None, "soften": 0, "fill": "noise", "weight": 1.0}
     rows, every = torch.arange(len(images), device=images.device), torch.ones(len(images), dtype=torch.bool, device=images.device)
-    with cam.CAM(model, "gradcam", layer) as explain:
+    with cam.CAM(model, method, layer) as explain:
         logits = model(images)
         erased = {name: proxy.erased_copies(settings | {"control": control}, explain, images, labels, logits, every, rows, every, normalisation, key)[0].images
                   for name, control in (("hottest", None), ("random", "random"))}
     with torch.no_grad():
         return {"right": logits.argmax(1) == labels} | {name: model(copies).argmax(1) == labels for name, copies in erased.items()}
+
+
+def where(model, images, labels, mask, methods, layer):
+    """How well each way of explaining finds what the mask covers: {(method, key of cam.EXPLAIN): {name: float [N]}}.
+
+    erased: the share of the mask among the hottest LEAN_AREA of the pixels, which is how much of a shortcut the training step would erase. pointing,
+    inside, covered: as in `measure`. model: in eval mode. labels: int64 [N]. mask: bool [N, H, W], not empty.
+    """
+    found, area = {}, mask.float().sum((1, 2))
+    for method in methods:
+        for name, scores in cam.EXPLAIN.items():
+            with cam.CAM(model, method, None if method in cam.ATTENTION else layer) as explain:
+                logits = model(images)
+                heat = cam.upsample(explain(logits, None, *scores(logits, labels)), images.shape[-2:])
+            erased = proxy.pixel_mask(heat, LEAN_AREA) & mask
+            found[method, name] = {"erased": erased.float().sum((1, 2)) / area, "pointing": pointing(heat, mask).float(),
+                                   "inside": share_inside(heat, mask), "covered": mask.float().mean((1, 2))}
+    return found
 
 
 def other_method(trained):

@@ -495,7 +495,7 @@ def _leaning(study, runs):
     """In how many runs the network leans on few pixels, and by how many points; dashes where it was not measured."""
     if not study.heat:
         return ["–", "–"]
-    gaps = [evaluation.write_leaning(r.folder, study.device)["gap"] for r in runs.values()]
+    gaps = [evaluation.write_leaning(r.folder, study.device)["ways"][0]["gap"] for r in runs.values()]
     return [f"{sum(gap > explain.LEANS for gap in gaps)} of {len(gaps)}", points(np.mean(gaps), sign=True)]
 
 

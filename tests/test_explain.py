@@ -193,16 +193,46 @@ def test_the_ink_of_digits_and_the_animal_of_pets_are_known(tmp_path):
     assert data.masks_of(pets, [0], torch.zeros(1, 3, 20, 20, dtype=torch.uint8)) == (None, None)
 
 
-def test_what_leans_on_a_swatch_is_told_from_what_does_not(deceived, capsys):
+def test_what_leans_on_a_swatch_is_told_from_what_does_not_and_by_which_way_of_explaining(deceived, capsys):
     assert evaluation.main([str(deceived), "--leaning"]) == 0
-    assert "It leans on few pixels" in capsys.readouterr().out
-    told = run.read_json(deceived / "leaning.json")
+    out, told = capsys.readouterr().out, run.read_json(deceived / "leaning.json")
     found = run.read_json(deceived / "metrics.json")
     assert told["right"] == pytest.approx(found["val"]["accuracy"]) and told["images"] == found["val"]["images"]
-    assert told["gap"] == pytest.approx(told["random"] - told["hottest"]) and told["interval"][0] < told["gap"] < told["interval"][1]
+    gaps = [way["gap"] for way in told["ways"]]
+    assert gaps == sorted(gaps, reverse=True) and {(w["cam"], w["explain"], w["layer"]) for w in told["ways"]} == set(explain.WAYS)
+    for way in told["ways"]:
+        assert way["gap"] == pytest.approx(way["random"] - way["hottest"]) and way["interval"][0] < way["gap"] < way["interval"][1]
+    most = told["ways"][0]
+    assert "It leans on few pixels" in out and f"--cam {most['cam']} " in out and f" --layer {most['layer']}" * bool(most["layer"]) in out
     assert train.main(["--cam", "none", "--epochs", "8", "--train-fraction", "0.5", "--out", str(deceived.parent), "--name", "honest"]) == 0
     assert evaluation.main([str(deceived.parent / "honest"), "--leaning"]) == 0
     assert "does not lean" in capsys.readouterr().out and run.read_json(deceived.parent / "honest" / "metrics.json")["val"]["accuracy"] > 0.9
+
+
+def test_leaning_leaves_out_a_way_for_which_no_layer_is_fine_enough(deceived, monkeypatch):
+    monkeypatch.setattr(explain, "WAYS", (("gradcam", "predicted", None), ("gradcam", "predicted", "64x64")))
+    assert [way["layer"] for way in evaluation.write_leaning(deceived)["ways"]] == [None]
+
+
+def test_where_tells_how_much_of_the_square_each_way_of_explaining_finds(deceived, capsys):
+    assert evaluation.main([str(deceived), "--where", "--cam", "layercam", "random", "--layer", "layer1"]) == 0
+    assert "of the swatch in" in capsys.readouterr().out
+    rows = {(r["method"], r["explain"]): r for r in run.read_json(deceived / "where.json")}
+    assert set(rows) == {(method, score) for method in ("layercam", "random") for score in ("predicted", "true", "margin")}
+    chance, found = rows["random", "true"], rows["layercam", "true"]
+    assert chance["covered"] == pytest.approx(16 / 1024) and chance["erased"] < 0.25  # a smooth field has its peaks in corners, too
+    assert found["erased"] > 2 * chance["erased"] and found["inside"] > 3 * chance["covered"]
+    assert evaluation.main([str(deceived), "--where", "--cam", "layercam"]) == 0
+    assert {r["layer"] for r in run.read_json(deceived / "where.json")} == {"layer1", None}
+
+
+def test_where_needs_a_mask_and_runs(tmp_path, capsys):
+    assert train.main(["--dataset", "faint_digits", "--cam", "none", "--epochs", "1", "--out", str(tmp_path), "--name", "run"]) == 0
+    capsys.readouterr()
+    assert evaluation.main([str(tmp_path / "run"), "--where"]) == 2
+    assert "nothing is known of where the object is in faint_digits" in capsys.readouterr().err
+    assert evaluation.main(["--where"]) == 2
+    assert evaluation.main([str(tmp_path / "run"), "--where", "--layer", "nowhere"]) == 2
 
 
 def test_leaning_erases_what_the_training_step_erases(small):
