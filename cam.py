@@ -1,6 +1,6 @@
 """Heat: which pixels made the network say what it said. From the same forward pass that trains it, on the device.
 
-    with CAM(model, method="gradcam++") as cam:         # layer=None: the rule below; or a grid, as "8x8", a module, its name, or several
+    with CAM(model, method="gradcam++") as cam:         # layer=None: the rule below; or "-2", a module, its name, or several
         logits = model(images)                          # [B, classes]
         heat = cam(logits, rows=rows, classes=classes)  # [len(rows), h, w] in [0, 1]
     heat = upsample(heat, size)                         # [N, H, W] in [0, 1]
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 MIN_GRID = 4  # a coarser grid than 4 x 4 says too little about where
-GRID = re.compile(r"([1-9]\d*)x\1", re.ASCII)  # 8x8: in the place of a layer's name, the deepest with at least that grid
+FROM_END = re.compile(r"-[1-9]\d*", re.ASCII)  # in the place of a layer's name: -1 is the last stage, -2 the one before
 FINE_STEP = 2.0**15  # float16 gradients of a logit may lie below the smallest it can hold: taken at this scale as well
 
 # --- methods that weigh activations: (A, G) -> weights, where heat is the channel sum of weights times A -------------
@@ -193,8 +193,8 @@ class CAM:
 
     model: a timm network, or any nn.Module with `layer` given. method: a key of `METHODS`.
     layer: a module of `model`, its name, or None; or several, as a list or as names with commas between: then the heat is their
-      average at image size. The rule for None: the deepest layer that keeps at least a 4 x 4 grid, or for "8x8" that grid, among the stages
-      that timm names (`feature_info`) and what follows the last of them. Where a class token alone is read out, the last block's
+      average at image size. The rule for None: the deepest layer that keeps at least a 4 x 4 grid, among the stages that timm
+      names (`feature_info`) and what follows the last of them; "-2" is the stage before the last, whatever its grid. Where a class token alone is read out, the last block's
       output has no gradient at the patches; there it is that block's first norm. The choice is made at the first forward
       pass and then kept, as `layer_name`.
     smooth: eigen-smoothing, Muhammad and Yeasin 2020: the first principal component of the weighted activations instead of their sum.
@@ -226,9 +226,8 @@ class CAM:
         self._checked = False  # whether head or attention were seen to be what the method takes them for
         self._linear = self._classifier() if method == "cam" else None
         self._attentions = self._attention_modules(layer) if method in ATTENTION else []
-        finer = GRID.fullmatch(layer) if isinstance(layer, str) else None
-        self._coarsest = int(finer[1]) if finer else MIN_GRID
-        self.layers = [] if layer is None or finer else self._find(layer)
+        self._stage = int(layer) if isinstance(layer, str) and FROM_END.fullmatch(layer) else None
+        self.layers = [] if layer is None or self._stage else self._find(layer)
         if not (self.layers or self._stages or self._attentions):
             raise ValueError("this network does not say what its stages are: name the layer to explain, one of "
                              f"{', '.join(name for name in self._names.values() if name)}")
@@ -327,10 +326,10 @@ class CAM:
         candidates = self._candidates([name for name, _ in self._seen])
         grids = [(name, output, *self.grid(output).shape[-2:]) for name, output in self._seen
                  if name in candidates and self.grid(output) is not None]
-        fine = [g for g in grids if min(g[2:]) >= self._coarsest]
+        fine = [g for g in grids if self._stage or min(g[2:]) >= MIN_GRID]
         if not fine:
             sizes = ", ".join(dict.fromkeys(f"{name} {h}x{w}" for name, _, h, w in grids)) or "none"
-            raise ValueError(f"no layer keeps a {self._coarsest}x{self._coarsest} grid for images of {self._height}x{self._width} "
+            raise ValueError(f"no layer keeps a {MIN_GRID}x{MIN_GRID} grid for images of {self._height}x{self._width} "
                              f"(grids: {sizes}): use larger images, or name a layer")
         deepest = fine[-1][1]
         # Several modules may give this very tensor: an identity, a container. The stage, or else the outermost, names it.
@@ -348,12 +347,16 @@ class CAM:
         stages = [name for name in order if name in self._stages]
         if not stages:
             serve = dict.fromkeys(name for name, output in self._seen if self.grid(output) is not None
-                                  and min(self.grid(output).shape[-2:]) >= self._coarsest and name.count(".") < 4)
+                                  and min(self.grid(output).shape[-2:]) >= MIN_GRID and name.count(".") < 4)
             raise ValueError("this network does not give its stages as one tensor each: name the layer to explain, as "
                              f"{' or '.join(list(serve)[-4:]) or 'none that keeps a grid'}")
+        if self._stage and -self._stage > len(stages):
+            raise ValueError(f"this network has no layer {self._stage}: it has {len(stages)} stages, {', '.join(stages)}")
         if self._reads_class_token():
-            inside = [name for name in order if name.startswith(stages[-1] + ".")]
+            inside = [name for name in order if name.startswith(stages[self._stage or -1] + ".")]
             return set(inside[:1])
+        if self._stage:
+            return {stages[self._stage]}
         # What follows the last stage counts where it is a part of the network's own, as a last norm or convolution.
         return {*stages, *(name for name in order[order.index(stages[-1]):] if "." not in name)}
 

@@ -214,7 +214,7 @@ LEAN_AREA = 0.05  # of an image's pixels
 LEANS = 0.1  # points of accuracy that the hottest of these are worth more than others; what it is for a shortcut and without one is in the README
 # Ways to explain: method, key of cam.EXPLAIN, layer. Grad-CAM's weights are means over the map, which one small square hardly moves; GradCAMElementWise keeps what speaks
 # for the class place by place, also where an activation is negative (of a linear bottleneck), which LayerCAM drops.
-WAYS = (("gradcam", "predicted", None), ("elementwise", "margin", None), ("elementwise", "margin", "8x8"))
+WAYS = (("gradcam", "predicted", None), ("elementwise", "margin", "-2"))
 
 
 def leaning(model, images, labels, normalisation, way=WAYS[0], key=()):

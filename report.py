@@ -493,7 +493,7 @@ def _on_the_swatch(study, runs):
 
 def _leaning(study, runs):
     """In how many runs the network leans on few pixels, and by how many points; dashes where it was not measured."""
-    if not study.heat:
+    if not study.heat and not all((r.folder / "leaning.json").exists() for r in runs.values()):
         return ["–", "–"]
     gaps = [evaluation.write_leaning(r.folder, study.device)["ways"][0]["gap"] for r in runs.values()]
     return [f"{sum(gap > explain.LEANS for gap in gaps)} of {len(gaps)}", points(np.mean(gaps), sign=True)]

@@ -118,8 +118,8 @@ SETTINGS = {
     "mixup": Setting(float, "alpha of mixup; 0 is off", 0, 100),
     "cutmix": Setting(float, "alpha of cutmix; 0 is off", 0, 100),
     "cam": Setting(str, "what gives the heat; none trains without Proxy Attention", choices=("none", *cam.METHODS)),
-    "layer": Setting(str, "the layer to explain, or several with commas between; or 8x8: the deepest with at least that grid (null: "
-                     "with 4x4)", optional=True),
+    "layer": Setting(str, "the layer to explain, or several with commas between; -2 is the stage before the last (null: the deepest with "
+                     "at least a 4x4 grid)", optional=True),
     "explain": Setting(str, "the score to explain: the predicted class's logit, the true one's, or the true one's margin "
                        "over the best other", choices=tuple(cam.EXPLAIN)),
     "smooth": Setting(bool, "eigen-smoothing: the first principal component of the weighted activations"),
@@ -419,7 +419,7 @@ PER_MACHINE = ("name", "out", "device", "workers", "cache", "checkpoint_every") 
 
 def differing_settings(config, there):
     """Settings in which a resolved config and that of a run differ, but for those of the machine and the run's place."""
-    left_open = {"batch_size": (AUTO,), "layer": (None, cam.GRID.fullmatch(config["layer"] or "") and config["layer"])}  # which the run has filled in
+    left_open = {"batch_size": (AUTO,), "layer": (None, cam.FROM_END.fullmatch(config["layer"] or "") and config["layer"])}  # which the run has filled in
     return [key for key in config if key not in PER_MACHINE and there.get(key) != config[key] and config[key] not in left_open.get(key, ())]
 
 

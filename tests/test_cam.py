@@ -274,16 +274,16 @@ def test_the_rule_explains_the_deepest_layer_with_a_4x4_grid(name, size, layer, 
     assert model.training
 
 
-@pytest.mark.parametrize("name, size, layer, grid", [("resnet18", 224, "layer3", 14), ("tf_efficientnet_lite0", 128, "blocks.4", 8),
-                                                     ("vit_tiny_patch16_224", 224, "blocks.11.norm1", 14), ("swin_tiny_patch4_window7_224", 224, "layers.2", 14)])
-def test_a_grid_in_the_place_of_a_layer_is_the_deepest_that_is_as_fine(name, size, layer, grid):
+@pytest.mark.parametrize("name, size, layer, grid", [("resnet18", 224, "layer3", 14), ("resnet18", 32, "layer3", 2), ("tf_efficientnet_lite0", 128, "blocks.4", 8),
+                                                     ("vit_tiny_patch16_224", 224, "blocks.10.norm1", 14), ("swin_tiny_patch4_window7_224", 224, "layers.2", 14)])
+def test_a_layer_can_be_counted_from_the_end(name, size, layer, grid):
     model = network(name)
-    config = {"model": name, "cam": "layercam", "layer": "8x8", "smooth": False, "image_size": size}
+    config = {"model": name, "cam": "layercam", "layer": "-2", "smooth": False, "image_size": size}
     assert run.try_network(config, model) == (layer, (grid, grid))
-    with pytest.raises(UserError, match="no layer keeps a 999x999 grid"):
-        run.try_network(config | {"layer": "999x999"}, model)
-    with pytest.raises(UserError, match="no layer '8x9'"):
-        run.try_network(config | {"layer": "8x9"}, model)
+    with pytest.raises(UserError, match="has no layer -99: it has .* stages, "):
+        run.try_network(config | {"layer": "-99"}, model)
+    with pytest.raises(UserError, match="no layer '-0'"):
+        run.try_network(config | {"layer": "-0"}, model)
 
 
 def test_images_need_not_be_square():

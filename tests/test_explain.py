@@ -210,7 +210,7 @@ def test_what_leans_on_a_swatch_is_told_from_what_does_not_and_by_which_way_of_e
 
 
 def test_leaning_leaves_out_a_way_for_which_no_layer_is_fine_enough(deceived, monkeypatch):
-    monkeypatch.setattr(explain, "WAYS", (("gradcam", "predicted", None), ("gradcam", "predicted", "64x64")))
+    monkeypatch.setattr(explain, "WAYS", (("gradcam", "predicted", None), ("gradcam", "predicted", "-9")))
     assert [way["layer"] for way in evaluation.write_leaning(deceived)["ways"]] == [None]
 
 
