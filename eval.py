@@ -492,6 +492,7 @@ def finish(folder, dataset=None, device=torch.device("cpu")):
 EXPLAINED = 200  # test images, drawn at random; every seed's are its own
 LEANING = 1000  # validation images, likewise
 WAY = ("cam", "explain", "layer")  # what an entry of explain.WAYS holds
+UNLEARN = f"--select all --cam elementwise --explain margin --layer -2 --fill swap --area {explain.LEAN_AREA:g}"  # what did so on digits and on photographs
 PIXELS_AT_ONCE = 32 * 224 * 224
 
 
@@ -584,10 +585,8 @@ def describe_leaning(folder, told):
         low, high = way["interval"]
         lines.append(f"{way['cam']:12}{way['explain']:12}{way['layer'] or 'as the rule has':18}{100 * way['hottest']:8.1f}%{100 * way['random']:8.1f}%"
                      f"{100 * way['gap']:+9.1f}   {100 * low:.1f} to {100 * high:.1f}")
-    most = told["ways"][0]
     return "\n".join(lines) + "\n" + (
-        f"It leans on few pixels, as on a shortcut: train with --select all --cam {most['cam']} --explain {'margin' if most['explain'] == 'margin' else 'true'}"
-        + f" --layer {most['layer']}" * bool(most["layer"]) + f" --fill transplant --area {explain.LEAN_AREA:g}" if most["gap"] > explain.LEANS else
+        f"It leans on few pixels, as on a shortcut: train with {UNLEARN}" if told["ways"][0]["gap"] > explain.LEANS else
         f"It does not lean on few pixels (that is above {100 * explain.LEANS:g} points): no shortcut is found")
 
 
