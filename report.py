@@ -471,6 +471,10 @@ def shortcut(study):
                        "square, with its share of the pixels, which chance would give. Arms without a decoy have one test. Leans: in how many runs eval.py --leaning, "
                        f"which looks at validation alone, finds that the network goes by few pixels, and by how many points (above {100 * explain.LEANS:g} it does).",
                        ["arm", "seeds", "validation", "test", "clean test", "heat on the square", "chance", "leans", "by"], table)]
+        if found := _where(study):
+            parts.append(Table("where", f"How much of the square in validation images the hottest {100 * explain.LEAN_AREA:g}% of the pixels cover, how often the hottest lies on it, and "
+                               "which share of the heat does, in %, by eval.py --where: method, layer and explained score.",
+                               ["arm", "seeds", "method", "layer", "explained", "covered", "hottest on it", "heat on it", "chance"], found))
     if grouped:
         table = worst_groups(study)
         answer.append("Worst group: " + "; ".join(f"{row[0]} {row[2]}%" for row in table) + ".")
@@ -489,6 +493,19 @@ def _on_the_swatch(study, runs):
         return ["–", "–"]
     found = [evaluation.write_explanations(r.folder, explain.other_method(study.methods()), study.device) for r in runs.values()]
     return [points(np.mean([f[key].mean() for f in found])) for key in ("inside", "covered")]
+
+
+def _where(study):
+    """Rows of a table: what `eval.py --where` has found in runs of each arm, means over those in which it was asked."""
+    rows = []
+    for arm, runs in study.arms.items():
+        found = {}
+        for r in runs.values():
+            for row in run.read_json(r.folder / "where.json") if (r.folder / "where.json").exists() else []:
+                found.setdefault((row["method"], row["layer"] or "the rule's", row["explain"]), []).append(row)
+        rows += [[arm, len(each), *way, *(points(np.mean([row[key] for row in each])) for key in ("erased", "pointing", "inside", "covered"))]
+                 for way, each in found.items()]
+    return rows
 
 
 def _leaning(study, runs):

@@ -19,6 +19,7 @@ from PIL import Image
 from test_compare import simulated
 
 import compare
+import eval as evaluation
 import experiment
 import report
 import run
@@ -49,6 +50,7 @@ def written(tmp_path_factory):
         patch.setattr("eval.EXPLAINED", 6)
         for cell in experiment.cells(configs, "tiny", {"out": str(out / "runs")}):
             assert train.main(experiment.command(cell)[2:]) == 0
+        assert evaluation.main([*(str(out / "runs" / "tiny" / f"square-s{seed}") for seed in (0, 1)), "--where", "--cam", "gradcam"]) == 0
         assert report.main(["--experiment", "tiny", "--out", str(out / "runs")]) == 0
         arms, _ = compare.arms_of_experiment(configs, "tiny", {"out": str(out / "runs")})
     return out / "runs" / "tiny" / "report", arms
@@ -100,6 +102,15 @@ def test_the_questions_come_first_each_with_an_answer(written):
     found = re.findall(r"<h2 id=s\d+>(.*?)</h2><p class=answer>(.*?)</p>", page)
     assert [title.split()[0] for title, _ in found] == ["Can", "Can", "Does", "Does", "Can", "Is", "The", "Where", "How"] and all(answer for _, answer in found)
     assert "on test over 2 seeds" in found[0][1] and "rank correlation" in found[1][1] and "Validation cannot see the shortcut" in found[4][1]
+
+
+def test_what_where_found_is_a_table_of_means_over_the_runs(written):
+    folder, arms = written
+    rows, each = rows_of(folder, "where"), [run.read_json(r.folder / "where.json") for r in arms["square"].values()]
+    assert [(row["arm"], row["seeds"], row["method"], row["layer"], row["explained"]) for row in rows] \
+        == [("square", "2", "gradcam", "the rule's", score) for score in ("predicted", "true", "margin")]
+    for number, row in enumerate(rows):
+        assert float(row["covered"]) == pytest.approx(100 * np.mean([found[number]["erased"] for found in each]), abs=0.01)
 
 
 def test_markup_in_names_is_text(written):
