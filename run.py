@@ -606,21 +606,30 @@ def read_weights(path):
 def load_weights(model, path):
     """Load a `.safetensors` or `.pth` file into `model`.
 
-    Tensors that the network has not, or has in another shape (as the head for other classes), are left out. Returns a text that says
-    which and why. Raises UserError where the file cannot be read or nothing in it fits.
+    Tensors that the network has not, or has in another shape (as the head for other classes), are left out. Where another library named
+    them, they are told by their order. Returns a text that says which and why. Raises UserError where the file cannot be read or nothing in it fits.
     """
     found, own = read_weights(path), model.state_dict()
+    by_order = not set(found) & set(own) and same_order(found, own)
+    if by_order:
+        found = dict(zip(own, found.values()))
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
     if not fits:
         raise UserError(f"--weights {path}: none of its {len(found)} tensors fits {type(model).__name__}, whose first "
                         f"is {next(iter(own))} {list(next(iter(own.values())).shape)}")
     model.load_state_dict(fits, strict=False)
-    lines = [f"starts from {path}: {len(fits)} of {len(own)} tensors"]
+    lines = [f"starts from {path}: {len(fits)} of {len(own)} tensors" + ", told by their order, for no name is timm's" * by_order]
     lines += [f"  left out {k}: {list(v.shape)} in the file, {list(own[k].shape)} in the network"
               for k, v in found.items() if k in own and k not in fits]
     lines += [f"  left out {k}: the network has no such tensor" for k in found if k not in own]
     lines += [f"  not in the file, so random: {k}" for k in own if k not in found]
     return "\n".join(lines)
+
+
+def same_order(found, own):
+    """Whether two state dicts hold tensors of the same shapes one after the other; the head's two, the last, may be for other numbers of classes."""
+    shapes, wanted = ([list(t.shape) for t in tensors.values()] for tensors in (found, own))
+    return len(shapes) == len(wanted) > 2 and shapes[:-2] == wanted[:-2] and [s[1:] for s in shapes[-2:]] == [s[1:] for s in wanted[-2:]]
 
 
 def classes_of_weights(config):

@@ -175,6 +175,19 @@ def test_weights_load_from_a_file_and_say_what_was_left_out(kind, tiny, tmp_path
     assert "not in the file, so random: bn1.weight" in text
 
 
+def test_weights_under_another_librarys_names_are_told_by_their_order(tiny, tmp_path):
+    state = {f"_part{i}": v + 1 if v.is_floating_point() else v for i, v in enumerate(tiny.state_dict().values())}
+    torch.save(state, tmp_path / "w.pth")
+    model, text = run.build_network(run.resolve(CONFIGS, {"model": "test_resnet", "weights": str(tmp_path / "w.pth")}), 5)
+    assert "told by their order" in text and "left out fc.weight: [10, 96] in the file, [5, 96] in the network" in text
+    for (name, ours), theirs in zip(model.state_dict().items(), state.values()):
+        assert name.startswith("fc") or torch.equal(ours, theirs)
+    state["_part3"] = state["_part3"][:1]  # one other shape, and nothing can be told
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="tensors fits"):
+        run.load_weights(tiny, tmp_path / "w.pth")
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
