@@ -183,7 +183,7 @@ def begin(cell, slot, jobs, any_code):
         device = f"cuda:{slot % gpus}"
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else None
     try:
-        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        output_of(cell).parent.mkdir(parents=True, exist_ok=True)
         open(output_of(cell), "ab").close()
     except OSError as error:
         raise UserError(f"{cell.folder.parent}: cannot be written ({error.strerror}); choose another --out") from None
@@ -221,7 +221,7 @@ def end_with(parent):
 
 def output_of(cell):
     """What the cell's processes printed."""
-    return cell.folder.parent / f"{cell.folder.name}.txt"
+    return cell.folder.parent / "output" / f"{cell.folder.name}.txt"  # and not beside it, where none-s* would name it together with the runs
 
 
 def last_line(cell):

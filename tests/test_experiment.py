@@ -42,7 +42,7 @@ def test_the_cells_of_a_killed_experiment_end_and_the_same_command_goes_on(tmp_p
         time.sleep(0.02)
     process.kill()
     end = time.monotonic() + 60
-    while "interrupted; go on with" not in (folder / "none-s0.txt").read_text() and time.monotonic() < end:
+    while "interrupted; go on with" not in (folder / "output" / "none-s0.txt").read_text() and time.monotonic() < end:
         time.sleep(0.05)
     assert len(run.read_log(folder / "none-s0")) < 12
     again = train_process(arguments, configs=configs)
@@ -156,7 +156,7 @@ def test_an_arm_that_starts_from_another_waits_for_it(tmp_path, monkeypatch, cap
     assert train.main([*arguments, "--cell", "1/2"]) == 2
     assert "second-s0 starts from" in (err := capsys.readouterr().err) and "first run that" in err
     assert train.main(arguments) == 0
-    assert "keeps 3 of 10 classes" in (tmp_path / "runs" / "tiny" / "second-s0.txt").read_text()
+    assert "keeps 3 of 10 classes" in (tmp_path / "runs" / "tiny" / "output" / "second-s0.txt").read_text()
     configs.write_text(json.dumps(with_experiment(CHAIN | {"arms": {"second": {"init": "@fist"}}})))
     assert train.main(arguments) == 2
     assert "arms.second.init: '@fist' is no arm" in capsys.readouterr().err
