@@ -194,9 +194,9 @@ class CAM:
     model: a timm network, or any nn.Module with `layer` given. method: a key of `METHODS`.
     layer: a module of `model`, its name, or None; or several, as a list or as names with commas between: then the heat is their
       average at image size. The rule for None: the deepest layer that keeps at least a 4 x 4 grid, among the stages that timm
-      names (`feature_info`) and what follows the last of them; "-2" is the stage before the last, whatever its grid. Where a class token alone is read out, the last block's
-      output has no gradient at the patches; there it is that block's first norm. The choice is made at the first forward
-      pass and then kept, as `layer_name`.
+      names (`feature_info`) and what follows the last of them; "-2" is the stage before the last, whatever its grid. Where a class token
+      alone is read out, the last block's output has no gradient at the patches; there it is that block's first norm. The choice is
+      made at the first forward pass and then kept, as `layer_name`.
     smooth: eigen-smoothing, Muhammad and Yeasin 2020: the first principal component of the weighted activations instead of their sum.
     Raises ValueError, naming what would serve, for an unknown method or layer and where no layer or method fits.
 

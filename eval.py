@@ -5,7 +5,7 @@
     python eval.py --experiment NAME      # compare the arms of an experiment
     python eval.py runs/NAME --explanations            # deletion, insertion, ROAD …: how good is its heat?
     python eval.py runs/NAME --leaning                 # does it recognise images by few pixels, as by a shortcut?
-    python eval.py runs/NAME --where --layer blocks.4  # how much of a planted square, or of the object, does each method find there?
+    python eval.py runs/NAME --where --layer -2        # how much of a planted square, or of the object, does each method find there?
     python eval.py runs/NAME --image cat.jpg FOLDER --cam gradcam layercam       # where it looks in these images
     python eval.py --model efficientnet_lite0 --weights FILE --image cat.jpg     # the same for a network without a run
 
@@ -501,6 +501,26 @@ def explained_at_once(size):
     return max(1, min(EXPLAINED, PIXELS_AT_ONCE // size**2))
 
 
+def open_to_explain(opened, part, drawn_as, most, device):
+    """What the heat of a finished run is measured on: dataset, network in eval mode, (mean, std), and ids and batches of at most so many images of a
+    part, drawn at random."""
+    config, dataset = opened.config, opened.dataset()
+    if dataset.pixels is None:
+        open_pixels(config, dataset, build=False)
+    model = opened.network().to(device)
+    ids, size = data.shuffled(opened.split[part], drawn_as, config["seed"])[:most], config["image_size"]
+    batches = data.Batches(dataset, ids, size, explained_at_once(size), device, decoding_workers(config))
+    return dataset, model, tuple(t.to(device) for t in run.normalisation(config, model)), ids, batches
+
+
+def with_masks(dataset, batches):
+    """Batches with what `data.masks_of` knows of their images: (pixels, labels, name, mask)."""
+    done = 0
+    for pixels, labels in batches:
+        yield pixels, labels, *data.masks_of(dataset, batches.indices[done:done + len(pixels)], pixels)
+        done += len(pixels)
+
+
 def write_explanations(folder, method=None, device=torch.device("cpu")):
     """Measure a finished run's explanations on its test images: `explanations.npz`, a value per image, and `explanations.json`, their means.
 
@@ -509,21 +529,13 @@ def write_explanations(folder, method=None, device=torch.device("cpu")):
     opened = run.open_run(folder)
     config, path = opened.config, opened.folder / "explanations.npz"
     method = method or explain.other_method({config["cam"]})
-    ids = data.shuffled(opened.split["test"], "explained", config["seed"])[:EXPLAINED]
     if path.exists() and (there := run.read_arrays(path))["method"] == method.encode():
         return {name: there[name] for name in there if name not in ("method", "ids", "mask")}
-    dataset = opened.dataset()
-    if dataset.pixels is None:
-        open_pixels(config, dataset, build=False)
-    model = opened.network().to(device)
-    mean, std = (t.to(device) for t in run.normalisation(config, model))
-    size, measured, name = explained_at_once(config["image_size"]), [], None
-    batches = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config))
-    layer = config["layer"] if config["cam"] not in cam.ATTENTION else None
-    for number, (pixels, _) in enumerate(track(batches, f"{folder}: explaining", len(batches), transient=True, disable=not sys.stderr.isatty())):
-        indices = batches.indices[number * size:number * size + len(pixels)]
-        name, mask = data.masks_of(dataset, indices, pixels)
-        measured.append(explain.measure(model, data.prepare(pixels, mean, std), method, layer, mask, (config["seed"], number)))
+    dataset, model, normalisation, ids, batches = open_to_explain(opened, "test", "explained", EXPLAINED, device)
+    layer, measured = config["layer"] if config["cam"] not in cam.ATTENTION else None, []
+    shown = track(with_masks(dataset, batches), f"{folder}: explaining", len(batches), transient=True, disable=not sys.stderr.isatty())
+    for number, (pixels, _, name, mask) in enumerate(shown):
+        measured.append(explain.measure(model, data.prepare(pixels, *normalisation), method, layer, mask, (config["seed"], number)))
     values = {key: torch.cat([batch[key] for batch in measured]).cpu().numpy() for key in measured[0]}
     run.write_arrays(path, values | {"ids": _texts(ids), "method": np.array(method.encode()), "mask": np.array((name or "").encode())})
     run.write_json(opened.folder / "explanations.json", {"method": method, "images": len(ids), "mask": name,
@@ -552,17 +564,12 @@ def write_leaning(folder, device=torch.device("cpu")):
     path = opened.folder / "leaning.json"
     if path.exists() and "ways" in (told := run.read_json(path)) and {tuple(way[key] for key in WAY) for way in told["ways"]} <= set(explain.WAYS):
         return told
-    config, dataset = opened.config, opened.dataset()
-    if dataset.pixels is None:
-        open_pixels(config, dataset, build=False)
-    model = opened.network().to(device)
-    normalisation = tuple(t.to(device) for t in run.normalisation(config, model))
-    ids, size = data.shuffled(opened.split["val"], "leaning", config["seed"])[:LEANING], explained_at_once(config["image_size"])
-    batches, told, why_not = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config)), [], None
+    _, model, normalisation, ids, batches = open_to_explain(opened, "val", "leaning", LEANING, device)
+    told, why_not = [], None
     for way in explain.WAYS:
         try:
-            found = [explain.leaning(model, data.prepare(pixels, *normalisation), labels.to(device), normalisation, way, (config["seed"], number))
-                     for number, (pixels, labels) in enumerate(batches)]
+            found = [explain.leaning(model, data.prepare(pixels, *normalisation), labels.to(device), normalisation, way,
+                                     (opened.config["seed"], number)) for number, (pixels, labels) in enumerate(batches)]
         except ValueError as error:  # no layer for it
             why_not = error
             continue
@@ -597,21 +604,15 @@ def write_where(folder, methods, layer, device=torch.device("cpu")):
     explained score, and returns those asked for. Raises UserError where nothing is known of where heat should lie.
     """
     opened = run.open_run(folder)
-    config, dataset = opened.config, opened.dataset()
-    if dataset.pixels is None:
-        open_pixels(config, dataset, build=False)
-    model = opened.network().to(device)
-    mean, std = (t.to(device) for t in run.normalisation(config, model))
-    layer = layer or (config["layer"] if config["cam"] not in cam.ATTENTION else None)
-    ids, size = data.shuffled(opened.split["val"], "where", config["seed"])[:LEANING], explained_at_once(config["image_size"])
-    batches, parts = data.Batches(dataset, ids, config["image_size"], size, device, decoding_workers(config)), []
-    for number, (pixels, labels) in enumerate(batches):
-        name, mask = data.masks_of(dataset, batches.indices[number * size:number * size + len(pixels)], pixels)
+    config = opened.config
+    dataset, model, normalisation, ids, batches = open_to_explain(opened, "val", "where", LEANING, device)
+    layer, parts = layer or (config["layer"] if config["cam"] not in cam.ATTENTION else None), []
+    for pixels, labels, name, mask in with_masks(dataset, batches):
         if mask is None:
             raise UserError(f"--where {folder}: nothing is known of where the object is in {config['dataset']}; it is for runs with --decoy, and for "
                             f"{', '.join(data.MASKS)}")
         try:
-            parts.append(explain.where(model, data.prepare(pixels, mean, std), labels.to(device), mask, methods, layer))
+            parts.append(explain.where(model, data.prepare(pixels, *normalisation), labels.to(device), mask, methods, layer))
         except ValueError as error:
             raise UserError(f"--where {folder}: {error}") from None
     rows = [{"method": method, "layer": layer, "explain": score, "mask": name, "images": len(ids),

@@ -3,7 +3,7 @@
     python eval.py runs/NAME --explanations                 # into explanations.json and .npz, measured with a method other than the run's own
     python eval.py runs/NAME --explanations --cam gradcam   # with this one
     python eval.py runs/NAME --leaning                      # is there a shortcut? Looks at validation images alone
-    python eval.py runs/NAME --where --layer blocks.4       # how much of a planted square, or of the object, each way of explaining finds
+    python eval.py runs/NAME --where --layer -2             # how much of a planted square, or of the object, each way of explaining finds
 
 Everything takes whole batches on their device. images: [N, 3, H, W], normalised. heat: [N, H, W] in [0, 1] at the images' size. classes: int64 [N],
 whose probability is watched. "Taken away" is: black as the network sees it (the mean colour, 0 after normalisation) for deletion, a blurred image
