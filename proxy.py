@@ -244,10 +244,16 @@ def other(images, mask, scene):
 
     The idea of visual context augmentation (Dvornik et al. 2018), with whatever the other image holds there.
     """
-    foreign = (scene.classes[scene.rows][:, None] != scene.classes) & scene.fresh
-    draw = torch.rand(foreign.shape, generator=scene.generator, device=images.device)
+    donors, given = _of_another_class(scene, scene.classes, scene.fresh)
+    return put(images, mask, torch.where(given[:, None, None, None], scene.batch[donors], scene.black))
+
+
+def _of_another_class(scene, classes, may_give):
+    """For each of the N images one of M at random that may give and has another class, int64 [N], and whether there is one, bool [N]."""
+    foreign = (scene.classes[scene.rows][:, None] != classes) & may_give
+    draw = torch.rand(foreign.shape, generator=scene.generator, device=foreign.device)
     score, donors = torch.where(foreign, draw, -1.0).max(1)
-    return put(images, mask, torch.where((score < 0)[:, None, None, None], scene.black, scene.batch[donors]))
+    return donors, score >= 0
 
 
 def transplant(images, mask, scene):
@@ -271,14 +277,11 @@ def swap(images, mask, scene):
     As `transplant`, but whatever is pasted speaks against the label, where with two classes half of what `transplant` pastes repeats a shortcut; and
     no noise tells these images from others. Noise where no image of another class was chosen.
     """
-    classes = scene.classes[scene.rows]
-    foreign = (classes[:, None] != classes) & scene.chosen
     if not len(images):
         return images
-    draw = torch.rand(foreign.shape, generator=scene.generator, device=images.device)
-    score, donors = torch.where(foreign, draw, -1.0).max(1)
+    donors, given = _of_another_class(scene, scene.classes[scene.rows], scene.chosen)
     both = mask | mask[donors] if mask.dtype == torch.bool else torch.maximum(mask, mask[donors])
-    return torch.where((score >= 0)[:, None, None, None], put(images, both, images[donors]), noise(images, mask, scene))
+    return torch.where(given[:, None, None, None], put(images, both, images[donors]), noise(images, mask, scene))
 
 
 FILLS = {"black": black, "white": white, "mean": mean, "max": maximum, "min": minimum, "noise": noise, "blur": blur,
