@@ -364,8 +364,10 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
     images = data.prepare(pixels, mean, std)
     method = "gradcam" if config["cam"] == "none" else config["cam"]
     every, classes = torch.arange(len(order), device=device), torch.from_numpy(labels[order]).to(device)
-    with cam.CAM(model, method, config["layer"], config["smooth"]) as explain:
-        copies, heat, _ = proxy.erased_copies(config, explain, images, classes, model(images), every >= 0, every, every >= 0,
+    explained = run.heat_network(config, len(dataset.classes), folder)
+    explained = model if explained is None else explained.to(device)
+    with cam.CAM(explained, method, config["layer"], config["smooth"]) as explain:
+        copies, heat, _ = proxy.erased_copies(config, explain, images, classes, explained(images), every >= 0, every, every >= 0,
                                               (mean, std), ("sheet",))
 
     def shown(batch):

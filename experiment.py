@@ -5,7 +5,7 @@
     python train.py --experiment demo --cell 3/6             # the third of six shares, as a job of a SLURM array runs it
 
 `configs.json` has, under "experiments", by name: "arms", {name: settings}, or "grid", {setting: [values]}, or both, which are then
-combined; "seeds", a list; and "settings" that all runs have. An arm with "init" or "reweight": "@ARM" builds on that arm's run of the same seed. A cell is one arm with
+combined; "seeds", a list; and "settings" that all runs have. An arm with "init", "reweight" or "heat_from": "@ARM" builds on that arm's run of the same seed. A cell is one arm with
 one seed; its run is `runs/NAME/ARM-sSEED`, made by a command line that `env.json` shows and that gives the same run by hand. Where an arm has "cam":
 "none", settings of the grid that would then say nothing are left out, and cells that are then alike are one.
 """
@@ -74,7 +74,7 @@ def cells(configs, name, given):
         cell_name = run.safe_name(f"{label}-s{seed}")
         options = {**entry.get("settings", {}), **settings, **point, **given, "seed": seed, "out": str(folder), "name": cell_name}
         needs = None
-        for key in ("init", "reweight"):
+        for key in run.OF_RUNS:
             if (other := options.get(key) or "").startswith("@"):
                 if other[1:] not in arms or grid:
                     raise UserError(f"configs.json: experiments.{name}.arms.{arm}.{key}: {other!r} is no arm, or there is a grid too")

@@ -118,6 +118,8 @@ SETTINGS = {
     "mixup": Setting(float, "alpha of mixup; 0 is off", 0, 100),
     "cutmix": Setting(float, "alpha of cutmix; 0 is off", 0, 100),
     "cam": Setting(str, "what gives the heat; none trains without Proxy Attention", choices=("none", *cam.METHODS)),
+    "heat_from": Setting(str, "take the heat from the network of the finished run in this folder, which does not change, instead of from the one in "
+                         "training; implies --same-step", optional=True),
     "layer": Setting(str, "the layer to explain, or several with commas between; -2 is the stage before the last (null: the deepest with "
                      "at least a 4x4 grid)", optional=True),
     "explain": Setting(str, "the score to explain: the predicted class's logit, the true one's, or the true one's margin "
@@ -369,7 +371,8 @@ def _check_name(name):
 
 
 STAGED_ONLY = ("rounds", "target_accuracy", "format")
-ONLINE_ONLY = ("same_step", "warmup", "share")
+ONLINE_ONLY = ("same_step", "warmup", "share", "heat_from")
+OF_RUNS = ("init", "reweight", "heat_from")  # name the folder of another run
 
 
 def _settings_that_agree(config, options):
@@ -386,6 +389,9 @@ def _settings_that_agree(config, options):
         raise UserError("--weights and --init contradict each other: give one of them")
     if config["reweight"] and (staged or config["protocol"] != "fixed"):
         raise UserError("--reweight goes with --mode online and --protocol fixed: leave it out, or change them")
+    config["same_step"] = config["same_step"] or config["heat_from"] is not None
+    if config["heat_from"] and config["cam"] == "none":
+        raise UserError("--heat-from gives the heat to erase by: choose a --cam other than none")
     try:
         kind, argument = proxy.read_schedule(config["schedule"])
     except ValueError as error:
@@ -432,7 +438,7 @@ def read_interval(text):
 
 
 # Settings that say nothing where --cam is none.
-ERASING = ("layer", "explain", "smooth", "warmup", "same_step", "select", "subset", "area", "threshold", "soften", "fill", "weight", "control",
+ERASING = ("heat_from", "layer", "explain", "smooth", "warmup", "same_step", "select", "subset", "area", "threshold", "soften", "fill", "weight", "control",
            "budget", "share")
 
 
@@ -540,6 +546,36 @@ def _continue_from(model, config, classes):
     new = [c for c in classes if c not in old]
     return (f"starts from {opened.folder}; its head keeps {len(both)} of {len(classes)} classes"
             + (f", new are {', '.join(new[:10])}{' …' * (len(new) > 10)}" if new else ""))
+
+
+def run_before(config, key, classes):
+    """The finished run that config[key] names, on these classes. Raises UserError."""
+    option = f"--{key.replace('_', '-')} "
+    first = open_finished(config[key], option)
+    if first.split["classes"] != classes:
+        raise UserError(f"{option}{first.folder}: has the classes {', '.join(first.split['classes'][:10])}, not {', '.join(classes[:10])}; give a "
+                        "run on the same data")
+    return first
+
+
+def keep_heat_network(config, classes, folder):
+    """Copy the last weights of the run --heat-from into `heat.pt`, so that this run's folder is whole without it. Raises UserError."""
+    first = run_before(config, "heat_from", classes)
+    for key in ("model_entry", "image_size"):
+        if first.config[key] != config[key]:
+            there, here = (json.dumps(c[key] if key == "image_size" else c["model"]) for c in (first.config, config))
+            raise UserError(f"--heat-from {first.folder}: has --{key.replace('_entry', '').replace('_', '-')} {there}, not {here}; give a run with the same")
+    if folder is not None:
+        save_checkpoint(folder / "heat.pt", {"model": load_checkpoint(first.folder / "last.pt")["model"]})
+
+
+def heat_network(config, classes, folder):
+    """The network that the heat is of where that is not the one in training, frozen, in eval mode, on the CPU; else None. classes: how many."""
+    if config["heat_from"] is None:
+        return None
+    model, _ = build_network(config, classes, pretrained=False)
+    model.load_state_dict(load_checkpoint(folder / "heat.pt")["model"])
+    return model.eval().requires_grad_(False)
 
 
 def head_names(config, model, classes):

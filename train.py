@@ -72,7 +72,8 @@ class Stage(NamedTuple):
 def train(config, folder, dataset, split, model, device, stage, stop):
     """The loop: from the last checkpoint in `folder`, if there is one, to the end of the stage, or until a signal stops it."""
     batches, validation = open_batches(config, dataset, split, device)
-    t = set_up(config, model, device, len(dataset.classes), (stage.end - stage.start) * batches_to_steps(config, batches))
+    t = set_up(config, model, device, len(dataset.classes), (stage.end - stage.start) * batches_to_steps(config, batches),
+               run.heat_network(config, len(dataset.classes), folder))
     t.made_with = run.made_with(config, split)
     first_epoch, first_step, waiting, counts = load_last(folder, stage, t)
     accuracies = [line["val_accuracy"] for line in run.read_log(folder)][:first_epoch]
@@ -101,8 +102,9 @@ def train(config, folder, dataset, split, model, device, stage, stop):
                 waiting = None
 
             with t.explain if erasing else contextlib.nullcontext():
-                logits, loss = forward(t.network, images, labels, t.amp)
-                counts.look(logits, labels, fresh)
+                logits, loss = forward(t.explained if erasing and t.explained else t.network, images, labels, t.amp)
+                if not (erasing and t.explained):
+                    counts.look(logits, labels, fresh)
                 if erasing:
                     with counts.timing_cam():
                         rows, chosen = proxy.select(config["select"], logits, labels, fresh, seats, key, config["subset"],
@@ -113,6 +115,8 @@ def train(config, folder, dataset, split, model, device, stage, stop):
                 del logits, loss  # the first pass was for the heat alone
                 images, labels, fresh = proxy.join(images, labels, rows, waiting, config["budget"])
                 logits, loss = forward(t.network, images, labels, t.amp)
+                if t.explained:
+                    counts.look(logits, labels, torch.ones_like(fresh))  # it sees these images only as it trains on them
                 counts.second_pass_images += len(labels)
                 waiting = None
 
@@ -148,9 +152,10 @@ class Training:
     """What the steps of a stage work with: network, optimizer, learning rate, and the heat.
 
     model: the network itself; network: what a step calls, which is the model, compiled or shared between processes as the settings say.
+    explained: under --heat-from the network that gives the heat, as `run.heat_network` opens it, or None.
     """
 
-    def __init__(self, config, model, device, classes, steps):
+    def __init__(self, config, model, device, classes, steps, explained=None):
         self.config, self.model, self.device = config, model, device
         self.amp = run.pick_amp(config["amp"], device)
         self.mean, self.std = (t.to(device) for t in run.normalisation(config, model))
@@ -164,12 +169,13 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         erases = config["cam"] != "none" and config["mode"] == "online"
         self.explain = self.network = self.frozen = None
+        self.explained = explained and explained.to(device, memory_format=torch.channels_last)
         self.energy = run.Energy(device, first=distributed.LOCAL_RANK == 0)
         self.skips, self.made_with = Skips(device), None
         self.statistics = [b for b in model.buffers() if b.is_floating_point()]
         if erases:
-            layer = inner_layers(model, config["layer"]) if config["checkpointing"] else config["layer"]
-            self.explain = cam.CAM(model, config["cam"], layer, config["smooth"], compiled=config["compile"])
+            layer = inner_layers(model, config["layer"]) if config["checkpointing"] and not explained else config["layer"]
+            self.explain = cam.CAM(explained or model, config["cam"], layer, config["smooth"], compiled=config["compile"] and not explained)
 
     def begin_epoch(self, epoch):
         """Training mode; while --freeze lasts only for the head, the rest keeping also its batch statistics."""
@@ -299,7 +305,7 @@ def inner_layers(model, names):
     return ",".join(found) or None
 
 
-def set_up(config, model, device, classes, steps):
+def set_up(config, model, device, classes, steps, explained=None):
     """`Training`, after the switches that are torch's own and not the network's."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -316,7 +322,7 @@ def set_up(config, model, device, classes, steps):
         if device.type != "cuda":
             raise UserError("--sync-bn: torch has it for GPUs alone; leave it out")
         timm.layers.convert_sync_batchnorm(model)
-    return Training(config, model, device, classes, steps)
+    return Training(config, model, device, classes, steps, explained)
 
 
 def parameter_groups(config, model):
@@ -757,7 +763,9 @@ def start(options, dry_run, show_sheet):
     dataset, skipped = run.load_dataset(config), []
     split = the_split(config, dataset)  # fails before every image is looked at
     if config["reweight"]:
-        first_of_two(config, dataset.classes)
+        run.run_before(config, "reweight", dataset.classes)
+    if config["heat_from"]:
+        run.keep_heat_network(config, dataset.classes, folder=None)
     model, text = run.first_network(config, dataset.classes)
     layer, grid = run.try_network(config, model)
     if not dry_run:
@@ -772,13 +780,16 @@ def start(options, dry_run, show_sheet):
     if dry_run:
         print_dry_run(config, dataset, split, text, model, layer, grid)
         if show_sheet:
-            print(f"\nLook at {evaluation.draw_space(config, model.to(device), dataset, split, device)}")
+            explained = run.run_before(config, "heat_from", dataset.classes).network() if config["heat_from"] else model
+            print(f"\nLook at {evaluation.draw_space(config, explained.to(device), dataset, split, device)}")
         return None
     folder = make_folder(config)
     run.write_json(folder / "env.json", run.describe_environment(dataset, device))
     if skipped:
         write_bad_images(folder / "bad-images.txt", skipped)
         text += f"\n{len(skipped)} images that cannot be used are left out, see {folder}/bad-images.txt"
+    if config["heat_from"]:
+        run.keep_heat_network(config, dataset.classes, folder)
     run.write_json(folder / "split.json", split)
     run.write_json(folder / "config.json", config)  # last: a folder with it is a run that can be resumed
     console.print(f"{folder}: {text}", markup=False, soft_wrap=True)
@@ -994,15 +1005,6 @@ def run_to_its_end(config, folder, dataset, split, model, device, stop, any_code
               stop)
 
 
-def first_of_two(config, classes):
-    """The finished run of --reweight. Raises UserError."""
-    first = run.open_finished(config["reweight"], "--reweight ")
-    if first.split["classes"] != classes:
-        raise UserError(f"--reweight {first.folder}: has the classes {', '.join(first.split['classes'][:10])}, not {', '.join(classes[:10])}; give a "
-                        "run on the same data")
-    return first
-
-
 def first_misled(config, folder, dataset, split, device):
     """Ids of the training images that the run of --reweight gets wrong, as they are and with its last weights; kept in `reweighted.json`.
 
@@ -1010,7 +1012,7 @@ def first_misled(config, folder, dataset, split, device):
     """
     if (folder / "reweighted.json").is_file():
         return run.read_json(folder / "reweighted.json")["misled"]
-    first = first_of_two(config, split["classes"])
+    first = run.run_before(config, "reweight", split["classes"])
     model = first.network().to(device, memory_format=torch.channels_last)
     mean, std = (t.to(device) for t in run.normalisation(first.config, model))
     logits, labels = evaluation.predict(model, evaluation.batches_in_order(config, dataset, split["train"], device), mean, std, device)
@@ -1095,6 +1097,8 @@ def trial_steps(config, model, classes, device, size):
                        "accumulate": 1, "compile": False, "protocol": "fixed"}
     split = {"classes": classes, "fingerprint": "", "train": dataset.ids, "val": dataset.ids[:size]}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        if config["heat_from"]:
+            run.keep_heat_network(config, classes, Path(folder))
         train(config, Path(folder), dataset, split, copy.deepcopy(model), device,
               Stage(0, 1), Trial())
 

@@ -134,7 +134,7 @@ def test_every_experiment_of_configs_json_resolves_and_runs_on_any_dataset(name,
     for cell in found:
         config = cell.config(CONFIGS)
         assert config["dataset"] == "folder" and (cell.needs is None or cell.needs in {c.folder for c in found})
-        assert cell.needs is None or str(cell.needs) in (config["init"], config["reweight"])
+        assert cell.needs is None or str(cell.needs) in [config[key] for key in run.OF_RUNS]
 
 
 def test_cells_without_proxy_attention_do_not_vary_what_it_alone_reads():

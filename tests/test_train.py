@@ -13,8 +13,10 @@ import torch
 from conftest import hash_folder
 from PIL import Image
 
+import cam
 import data
 import eval as evaluation
+import proxy
 import run
 import train
 
@@ -669,6 +671,48 @@ def test_just_train_twice_draws_what_the_first_run_got_wrong_more_often(trained,
         assert train.main([*arguments, "--cam", "none", "--out", str(tmp_path / "runs")] if "staged" not in arguments else
                           [*arguments, "--out", str(tmp_path / "runs")]) == 2
         assert says in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.pictures
+def test_the_heat_may_come_from_the_network_of_a_run_before_which_stays_as_it_is(trained, monkeypatch, capsys):
+    small = ("--train-fraction", "0.2", "--batch-size", "32")
+    first = trained(*small, "--cam", "none", epochs=3)
+    network, seen = run.open_run(first).network(), []
+    erased_copies = proxy.erased_copies
+
+    def spy(config, explain, images, labels, logits, *rest):
+        with torch.no_grad():
+            said = network(images)
+        found = erased_copies(config, explain, images, labels, logits, *rest)
+        with cam.CAM(network, config["cam"], config["layer"]) as own:
+            own_heat = cam.upsample(own(network(images), rest[1], labels[rest[1]]), images.shape[-2:])
+        seen.append((torch.allclose(said, logits, atol=1e-4), torch.allclose(own_heat, found[1], atol=1e-3)))
+        return found
+
+    monkeypatch.setattr(proxy, "erased_copies", spy)
+    second = trained(*small, "--heat-from", str(first), "--select", "all", "--explain", "true", "--fill", "noise")
+    assert len(seen) == 2 * 8 + 1 and all(map(all, seen))  # each step, and the sheet
+    lines, kept, own = run.read_log(second), weights_of(first), weights_of(second)
+    assert all(line["second_pass_images"] == 8 * 32 >= line["erased_images"] > 200 for line in lines)  # a heat may be zero
+    assert 0 < lines[0]["train_accuracy"] < 1 and not torch.equal(kept["fc.weight"], own["fc.weight"])
+    given = run.load_checkpoint(second / "heat.pt")["model"]
+    assert kept.keys() == given.keys() and all(torch.equal(kept[k], given[k]) for k in kept)
+
+    monkeypatch.undo()
+    (second / "metrics.json").unlink()
+    first.rename(first.with_name("gone"))  # the run is whole without it
+    assert evaluation.main([str(second)]) == 0 and (second / "metrics.json").is_file()
+
+
+def test_a_run_that_cannot_give_the_heat_is_named_before_anything_is_trained(trained, tmp_path, capsys):
+    first, out = str(trained("--train-fraction", "0.2", "--cam", "none", epochs=3)), tmp_path / "runs"
+    for arguments, says in ((["--heat-from", str(tmp_path)], "config.json"), (["--heat-from", first, "--classes", "1,2"], "has the classes 0, 1"),
+                            (["--heat-from", first, "--model", "test_vit", "--no-pretrained"], 'has --model "resnet10s", not "test_vit"'),
+                            (["--heat-from", first, "--image-size", "40"], "has --image-size 32, not 40"),
+                            (["--heat-from", first, "--cam", "none"], "a --cam other than none"),
+                            (["--heat-from", first, "--mode", "staged"], "goes with --mode online")):
+        assert train.main([*arguments, "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
