@@ -10,11 +10,12 @@
     python bench.py leak                                  # what a new split at each proxy round adds to validation accuracy
 
 Times wander with the machine; the ratios of one run are what to read. Needs `tests/requirements.txt` for the grad-cam library;
-torch-cam joins where it is installed (`pip install torchcam`).
+torch-cam joins where it is installed (`pip install torchcam`). `--csv FILE` keeps the table as well, with the machine and what was set.
 """
 
 import argparse
 import contextlib
+import csv
 import gc
 import io
 import platform
@@ -94,6 +95,38 @@ def describe_machine(device):
     return f"{name}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
 
 
+class Table:
+    """A table that is printed row by row and, under --csv, written anew with each row."""
+
+    def __init__(self, options, device, text, columns):
+        """text: what was set. columns: {name: width and format of its values, as "12.2f"}; a column of texts, "16s", stands to the left."""
+        self.file, self.machine, self.text, self.columns, self.rows = options.csv, describe_machine(device), text, columns, []
+        print(f"{self.machine}\n{text}\n\n" + self._line(columns))
+
+    def _line(self, values):
+        cells = []
+        for value, (name, form) in zip(values, self.columns.items()):
+            width, precision = form[:-1].partition(".")[::2]
+            width = max(int(width), len(name) + 2)
+            text = value if isinstance(value, str) else "-" if value is None else f"{value:.{precision}{form[-1]}}"
+            cells.append(f"{text:<{width}}" if form[-1] == "s" else f"{text:>{width}}")
+        return "".join(cells).rstrip()
+
+    def add(self, *values):
+        """A row; None is printed as a dash."""
+        print(self._line(values), flush=True)
+        self.rows.append(values)
+        if self.file:
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([[*self.columns, "machine", "set"], *([*row, self.machine, self.text] for row in self.rows)])
+            data.write_atomically(Path(self.file), lambda file: file.write(text.getvalue().encode()))
+
+
+def over(times, name, other):
+    """One time as a multiple of another, or None where it was not taken."""
+    return times[name] / times[other] if name in times else None
+
+
 def bench_cam(options):
     """Heat of a whole batch, network by network and method by method; prints a table, in milliseconds.
 
@@ -103,19 +136,18 @@ def bench_cam(options):
     """
     device = run.pick_device(options.device)
     libraries = cam_libraries()
-    print(f"{describe_machine(device)}\nbatch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
-          f"medians of {options.rounds} rounds, milliseconds")
     names = ["forward", "train step", "adds", "to size", "alone", *libraries]
-    print(f"\n{'network':16}{'method':12}" + "".join(f"{n:>12}" for n in names)
-          + f"{'adds/forward':>14}" + "".join(f"{n + '/alone':>16}" for n in libraries) + f"{'peak/(A+G+maps)':>17}")
+    table = Table(options, device, f"batch {options.batch_size}, {options.image_size} pixels, float32, random weights, medians of {options.rounds} rounds, "
+                  "milliseconds", {"network": "16s", "method": "12s", **dict.fromkeys(names, "12.2f"), "adds/forward": "14.4f",
+                                   **{f"{name}/alone": "16.2f" for name in libraries}, "peak/(A+G+maps)": "17.2f"})
     for short in options.models:
         model, images = network_and_images(short, options, device)
         for method in options.methods:
-            bench_cam_method(model, images, method, libraries, options.rounds, device, short)
+            table.add(short, method, *bench_cam_method(model, images, method, libraries, options.rounds, device))
 
 
-def bench_cam_method(model, images, method, libraries, rounds, device, short):
-    """One line of the table."""
+def bench_cam_method(model, images, method, libraries, rounds, device):
+    """The figures of one row."""
     labels = torch.zeros(len(images), dtype=torch.long, device=device)
     classes = torch.ones(len(images), dtype=torch.long, device=device)
     explain = cam.CAM(model, method)
@@ -165,18 +197,15 @@ def bench_cam_method(model, images, method, libraries, rounds, device, short):
         allowed = 4 * (2 * explain._activations[0].numel() + explain(logits, classes=classes).numel())
         peak = peak_bytes(lambda: explain(logits, classes=classes), device)
         del logits
-    print(f"{short:16}{method:12}" + "".join(f"{times[n]:12.2f}" if n in times else f"{'-':>12}" for n in variants)
-          + f"{times['adds'] / times['forward']:14.4f}"
-          + "".join(f"{times[n] / times['alone']:16.2f}" if n in times else f"{'-':>16}" for n in libraries)
-          + f"{peak / allowed:17.2f}", flush=True)
+    return (*map(times.get, variants), times["adds"] / times["forward"], *(over(times, name, "alone") for name in libraries), peak / allowed)
 
 
 def bench_compile(options):
     """A training step under torch.compile: plain, with the hook and its graph breaks, and with the heat of every image as well."""
     device = run.pick_device(options.device)
-    print(f"{describe_machine(device)}\nbatch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
-          f"medians of {options.rounds} rounds, milliseconds\n\n{'network':16}{'eager':>12}{'compiled':>12}{'with hook':>12}"
-          f"{'with heat':>12}{'hook/compiled':>16}{'heat/compiled':>16}")
+    table = Table(options, device, f"batch {options.batch_size}, {options.image_size} pixels, float32, random weights, medians of {options.rounds} rounds, "
+                  "milliseconds", {"network": "16s", **dict.fromkeys(["eager", "compiled", "with hook", "with heat"], "12.2f"),
+                                   "hook/compiled": "16.3f", "heat/compiled": "16.3f"})
     for short in options.models:
         model, images = network_and_images(short, options, device)
         model.train()
@@ -196,8 +225,7 @@ def bench_compile(options):
 
         times = medians({"eager": lambda: step(model), "compiled": lambda: step(plain), "hook": lambda: step(hooked, explain),
                          "heat": lambda: step(hooked, explain, True)}, options.rounds, device)
-        print(f"{short:16}" + "".join(f"{time:12.2f}" for time in times.values())
-              + "".join(f"{times[n] / times['compiled']:16.3f}" for n in ("hook", "heat")), flush=True)
+        table.add(short, *times.values(), over(times, "hook", "compiled"), over(times, "heat", "compiled"))
 
 
 STEP_MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small"]
@@ -211,10 +239,10 @@ def bench_step(options):
     """
     device = run.pick_device(options.device)
     names = ["plain", "equal", "extra", "second pass", "library"]
-    print(f"{describe_machine(device)}\nbatch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
-          f"{options.methods[0]}, medians of {options.rounds} rounds, milliseconds; then as multiples of plain\n\n"
-          f"{'network':16}{'misled':>8}" + "".join(f"{n:>13}" for n in names) + "".join(f"{n + '/':>13}" for n in names[1:])
-          + f"{'parts of equal':>16}{'equal memory':>14}")
+    table = Table(options, device, f"batch {options.batch_size}, {options.image_size} pixels, float32, random weights, {options.methods[0]}, medians of "
+                  f"{options.rounds} rounds, milliseconds; then as multiples of plain",
+                  {"network": "16s", "misled": "8.0%", **dict.fromkeys(names, "13.1f"), **{f"{name}/": "13.3f" for name in names[1:]},
+                   "parts of equal": "16.3f", "equal memory": "14.3f"})
     for short in options.models:
         model, images = network_and_images(short, options, device)
         labels, pixels = torch.arange(len(images), device=device) % 10, data.pixels_of(images, torch.zeros(1, device=device), torch.full((1,), 0.25, device=device))
@@ -223,11 +251,9 @@ def bench_step(options):
             steps = {name: step_of(name, model, pixels, labels, share, options, device, parts if name == "equal" else []) for name in names}
             steps = {name: step for name, step in steps.items() if step}
             times = medians(steps, options.rounds, device)
-            own = f"{1000 * statistics.median(parts[1:]) / times['plain']:16.3f}" if device.type == "cpu" else f"{'-':>16}"
+            own = 1000 * statistics.median(parts[1:]) / times["plain"] if device.type == "cpu" else None
             memory = peak_bytes(steps["equal"], device) / peak_bytes(steps["plain"], device)
-            print(f"{short:16}{share:8.0%}" + "".join(f"{times[n]:13.1f}" if n in times else f"{'-':>13}" for n in names)
-                  + "".join(f"{times[n] / times['plain']:13.3f}" if n in times else f"{'-':>13}" for n in names[1:])
-                  + f"{own}{memory:14.3f}", flush=True)
+            table.add(short, share, *map(times.get, names), *(over(times, name, "plain") for name in names[1:]), own, memory)
 
 
 @contextlib.contextmanager
@@ -306,9 +332,9 @@ def step_of(name, model, pixels, labels, share, options, device, parts):
 def bench_input(options):
     """The same training steps on images from the cache, from files, and on one batch that is there already; images per second."""
     device = run.pick_device(options.device)
-    print(f"{describe_machine(device)}\n{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, no Proxy "
-          f"Attention, medians of {options.rounds} epochs, images per second\n\n{'network':16}{'one batch':>12}{'cache':>12}{'files':>12}"
-          f"{'cache/one':>12}{'files/one':>12}")
+    table = Table(options, device, f"{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, no Proxy Attention, medians of "
+                  f"{options.rounds} epochs, images per second",
+                  {"network": "16s", **dict.fromkeys(["one batch", "cache", "files"], "12.1f"), "cache/one": "12.3f", "files/one": "12.3f"})
     for short in options.models:
         with tempfile.TemporaryDirectory() as place:
             config, dataset, model = files_and_network(short, place, options, device)
@@ -322,8 +348,7 @@ def bench_input(options):
             times = medians({"one": lambda: epoch_of(t, config, one), "cache": lambda: epoch_of(t, config, cached),
                              "files": lambda: epoch_of(t, config, files)}, options.rounds, device)
         seen = len(cached) * cached.order.batch_size * 1000
-        print(f"{short:16}" + "".join(f"{seen / time:12.1f}" for time in times.values())
-              + "".join(f"{times['one'] / times[n]:12.3f}" for n in ("cache", "files")), flush=True)
+        table.add(short, *(seen / time for time in times.values()), over(times, "one", "cache"), over(times, "one", "files"))
 
 
 def files_and_network(short, place, options, device):
@@ -347,8 +372,8 @@ def epoch_of(t, config, batches):
 def bench_train(options):
     """Whole epochs over JPEG files: ours, from the cache, and timm's dataset, loader, network and optimizer in a plain loop."""
     device = run.pick_device(options.device)
-    print(f"{describe_machine(device)}\n{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, float32, "
-          f"medians of {options.rounds} epochs, images per second\n\n{'network':16}{'timm':>12}{'ours':>12}{'ours/timm':>12}")
+    table = Table(options, device, f"{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, float32, medians of "
+                  f"{options.rounds} epochs, images per second", {"network": "16s", "timm": "12.1f", "ours": "12.1f", "ours/timm": "12.3f"})
     for short in options.models:
         with tempfile.TemporaryDirectory() as place:
             config, dataset, model = files_and_network(short, place, options, device)
@@ -374,15 +399,14 @@ def bench_train(options):
             times = medians({"timm": plainly, "ours": lambda: epoch_of(t, config, batches)}, options.rounds, device)
         seen = [len(loader) * options.batch_size, len(batches) * batches.order.batch_size]
         speeds = [1000 * count / time for count, time in zip(seen, times.values())]
-        print(f"{short:16}" + "".join(f"{speed:12.1f}" for speed in speeds) + f"{speeds[1] / speeds[0]:12.3f}", flush=True)
+        table.add(short, *speeds, speeds[1] / speeds[0])
 
 
 def bench_staged(options):
     """Stage 2 of --mode staged over JPEG files, all of them erased, beside a plain evaluation pass over the same files."""
     device = run.pick_device(options.device)
-    print(f"{describe_machine(device)}\n{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, all "
-          f"erased and saved; random weights, medians of {options.rounds} rounds, seconds\n\n"
-          f"{'network':16}{'evaluation':>12}{'stage 2':>12}{'ratio':>12}")
+    table = Table(options, device, f"{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, all erased and saved; random "
+                  f"weights, medians of {options.rounds} rounds, seconds", {"network": "16s", "evaluation": "12.2f", "stage 2": "12.2f", "ratio": "12.3f"})
     for short in options.models:
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
             draw_photographs(Path(place, "images"), options.images, options.image_size)
@@ -406,8 +430,7 @@ def bench_staged(options):
                 return now(device) - start
 
             times = medians({"evaluation": evaluate, "stage 2": stage_2}, options.rounds, device)
-        print(f"{short:16}" + "".join(f"{time / 1000:12.2f}" for time in times.values())
-              + f"{times['stage 2'] / times['evaluation']:12.3f}", flush=True)
+        table.add(short, *(time / 1000 for time in times.values()), over(times, "stage 2", "evaluation"))
 
 
 def draw_photographs(folder, count, size):
@@ -428,8 +451,8 @@ LEAK_SCHEDULES = ["20,p,19", "5,p,9,p,9,p,9,p,4"]  # as published
 
 def bench_leak(options):
     """Validation and test accuracy with a fixed split and with a new one at each p; nothing is erased in any of these runs."""
-    print(f"{describe_machine(run.pick_device(options.device))}\n--dataset noisy_digits --cam none, {options.seeds} seeds: mean and "
-          f"standard deviation\n\n{'schedule':20}{'protocol':12}{'validation':>18}{'test':>18}")
+    table = Table(options, run.pick_device(options.device), f"--dataset noisy_digits --cam none, {options.seeds} seeds: mean and standard deviation",
+                  {"schedule": "20s", "protocol": "12s", "validation": "12.3f", "sd": "9.3f", "test": "9.3f", "sd of test": "9.3f"})
     for schedule in LEAK_SCHEDULES:
         means = {}
         for protocol in ("fixed", "resplit"):
@@ -444,9 +467,9 @@ def bench_leak(options):
                 found.append([metrics[part]["accuracy"] for part in ("val", "test")])
             means[protocol] = np.mean(found, axis=0)
             spread = np.std(found, axis=0, ddof=1) if len(found) > 1 else [float("nan")] * 2
-            print(f"{schedule:20}{protocol:12}" + "".join(f"{m:9.3f} +- {s:5.3f}" for m, s in zip(means[protocol], spread)), flush=True)
+            table.add(schedule, protocol, means[protocol][0], spread[0], means[protocol][1], spread[1])
         gain = means["resplit"] - means["fixed"]
-        print(f"{schedule:20}{'difference':12}" + "".join(f"{g:+9.3f}{'':9}" for g in gain), flush=True)
+        table.add(schedule, "difference", gain[0], None, gain[1], None)
     print("\nBoth protocols train the same steps on as many images. What resplit adds on validation and not on test is the leak.")
 
 
@@ -532,6 +555,7 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=int, default=5, help="of leak: seeds (default: 5)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    parser.add_argument("--csv", metavar="FILE", help="write the table to this file as well")
     options = parser.parse_args(arguments)
     options.models = options.models or (STEP_MODELS if options.what == "step" else CAM_MODELS)
     try:

@@ -80,6 +80,8 @@ def cells(configs, name, given):
                     raise UserError(f"configs.json: experiments.{name}.arms.{arm}.{key}: {other!r} is no arm, or there is a grid too")
                 needs = folder / run.safe_name(f"{other[1:]}-s{seed}")
                 options[key] = str(needs)
+        if options.get("init") and "weights" not in settings:  # those given for all are where the arms without it start
+            options.pop("weights", None)
         if given.get("cache", "auto") == "auto":  # decoded images are shared by the experiment, and with runs beside it
             options["cache"] = str(folder.parent / ".cache")
         found.setdefault(cell_name, Cell(label, seed, options, folder / cell_name, needs))

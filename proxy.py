@@ -99,6 +99,11 @@ def above(heat, threshold):
     return heat >= threshold
 
 
+def grown(area, grow, epoch):
+    """The area in an epoch, counted from 0 at the first that erases: in equal steps up to its whole over `grow` epochs."""
+    return area * (epoch + 1) / grow if epoch + 1 < grow else area
+
+
 def pixel_mask(heat, area=None, threshold=None, control=None, key=()):
     """`hottest` or `above`, whichever is given, or the mask that `control`, a key of CONTROLS, puts in its place.
 
@@ -353,6 +358,21 @@ def replace(images, labels, rows, waiting):
     images = images.clone().index_copy_(0, rows, filled)  # in place, since index_copy would not keep channels last
     labels = labels.index_copy(0, rows, torch.where(taken if labels.dim() == 1 else taken[:, None], waiting.labels, labels[rows]))
     return images, labels, torch.ones(len(labels), dtype=torch.bool, device=labels.device).index_copy(0, rows, ~taken)
+
+
+def disagreement(said, logits, rows, taken, budget):
+    """Kullback-Leibler divergence of what the network says of erased copies from what it said of their originals, which is not trained on.
+
+    The consistency loss of Xie et al. 2020 (UDA, equation 1), with erasing as the augmentation. said: logits [N, C] of the originals. logits: [B, C] of the
+    batch that `join` gave, with rows and budget as there and taken as in its waiting images. Returns the sum over the copies through B, so
+    that it weighs against a mean cross-entropy as image against image.
+    """
+    if budget == "equal":
+        copies = logits[rows]
+    else:
+        said, copies, taken = said[taken], logits[len(logits) - int(taken.sum()):], taken[taken]
+    divergence = F.kl_div(copies.float().log_softmax(1), said.float().softmax(1), reduction="none").sum(1)
+    return (divergence * taken).sum() / len(logits)
 
 
 # --- when: (epoch counted from 0, argument, validation accuracies of the epochs before) -> bool -------------------------

@@ -133,12 +133,15 @@ SETTINGS = {
                       "the highest loss", choices=tuple(proxy.SELECTIONS)),
     "subset": Setting(float, "share of the selected images that is erased", TINY, 1),
     "area": Setting(float, "erase this share of an image's pixels, the hottest", TINY, 1, optional=True),
+    "grow": Setting(int, "epochs over which --area grows to its value, from an equal part of it in the first; 0: it is whole at once", 0, 100_000),
     "threshold": Setting(float, "erase the pixels at least this hot, instead of an area", 0, 1, optional=True),
     "soften": Setting(float, "blur the edges of what is erased, as a share of the image's side; 0 leaves them sharp", 0, 0.25),
     "fill": Setting(str, "what goes where an image is erased", choices=tuple(proxy.FILLS)),
     "weight": Setting(float, "of --fill blend: pixels are multiplied by 1 - weight * heat", 0, 1),
     "control": Setting(str, "what is erased instead, for comparison: the same shape at a random place, the least active pixels, or "
                        "the right pixels of images drawn at random", choices=tuple(proxy.CONTROLS), optional=True),
+    "consistency": Setting(float, "of --same-step: times the divergence of what the network says of an erased copy from what it said of its "
+                           "original is added to the loss; 0 is off", 0, 1000),
     "budget": Setting(str, "erased images take seats in the batch (equal) or ride behind it (extra)",
                       choices=("equal", "extra")),
     "share": Setting(float, "at most this share of a batch is erased images", TINY, 1),
@@ -371,7 +374,7 @@ def _check_name(name):
 
 
 STAGED_ONLY = ("rounds", "target_accuracy", "format")
-ONLINE_ONLY = ("same_step", "warmup", "share", "heat_from")
+ONLINE_ONLY = ("same_step", "warmup", "share", "heat_from", "grow", "consistency")
 OF_RUNS = ("init", "reweight", "heat_from")  # name the folder of another run
 
 
@@ -392,6 +395,10 @@ def _settings_that_agree(config, options):
     config["same_step"] = config["same_step"] or config["heat_from"] is not None
     if config["heat_from"] and config["cam"] == "none":
         raise UserError("--heat-from gives the heat to erase by: choose a --cam other than none")
+    if config["consistency"] and (config["heat_from"] or not config["same_step"]):
+        raise UserError("--consistency compares what the network says in the two passes of --same-step: give that, and leave --heat-from out")
+    if config["grow"] and config["area"] is None:
+        raise UserError("--grow goes with --area: leave it out, or --threshold")
     try:
         kind, argument = proxy.read_schedule(config["schedule"])
     except ValueError as error:
@@ -439,7 +446,7 @@ def read_interval(text):
 
 # Settings that say nothing where --cam is none.
 ERASING = ("heat_from", "layer", "explain", "smooth", "warmup", "same_step", "select", "subset", "area", "threshold", "soften", "fill", "weight", "control",
-           "budget", "share")
+           "budget", "share", "grow", "consistency")
 
 
 def stage_epochs(config):

@@ -89,6 +89,7 @@ def train(config, folder, dataset, split, model, device, stage, stop):
         t.begin_epoch(epoch)
         batches.order.epoch, batches.order.start = epoch, first_step
         erasing = t.explain is not None and proxy.is_on(config["schedule"], epoch, accuracies, config["warmup"])
+        settings = config | {"area": proxy.grown(config["area"], config["grow"], epoch - config["warmup"])}
         counts = counts or Counts(device, t.energy)
         for step, (pixels, labels) in enumerate(show(batches, epoch, stage, counts), first_step):
             # Order, augmentation and dropout follow from (seed, epoch, step) alone, whatever was drawn before.
@@ -109,14 +110,17 @@ def train(config, folder, dataset, split, model, device, stage, stop):
                     with counts.timing_cam():
                         rows, chosen = proxy.select(config["select"], logits, labels, fresh, seats, key, config["subset"],
                                                     config["control"])
-                        waiting, *_ = proxy.erased_copies(config, t.explain, images, labels, logits, fresh, rows, chosen,
+                        waiting, *_ = proxy.erased_copies(settings, t.explain, images, labels, logits, fresh, rows, chosen,
                                                           (t.mean, t.std), key)
             if erasing and config["same_step"]:
+                said = logits.detach()[rows]
                 del logits, loss  # the first pass was for the heat alone
                 images, labels, fresh = proxy.join(images, labels, rows, waiting, config["budget"])
                 logits, loss = forward(t.network, images, labels, t.amp)
                 if t.explained:
                     counts.look(logits, labels, torch.ones_like(fresh))  # it sees these images only as it trains on them
+                if config["consistency"]:
+                    loss = loss + config["consistency"] * proxy.disagreement(said, logits, rows, waiting.taken, config["budget"])
                 counts.second_pass_images += len(labels)
                 waiting = None
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import entropy
 
 import cam
 import data
@@ -398,6 +399,19 @@ def test_seats_leave_images_channels_last(budget):
     waiting = proxy.Waiting(images[:4].clone(), torch.zeros(4, dtype=torch.long), torch.arange(4) % 2 == 0)
     seated, *_ = proxy.seat(images, torch.zeros(8, dtype=torch.long), waiting, budget)
     assert seated.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("budget", ["equal", "extra"])
+def test_disagreement_is_the_divergence_from_what_was_said_of_the_originals(budget):
+    generator = torch.Generator().manual_seed(0)
+    said, rows, taken = torch.randn(3, 4, generator=generator), torch.tensor([5, 0, 2]), torch.tensor([True, False, True])
+    images, copies = torch.randn(6, 3, 2, 2, generator=generator), torch.randn(3, 3, 2, 2, generator=generator)
+    waiting = proxy.Waiting(copies, torch.tensor([1, 2, 3]), taken)
+    batch, _, fresh = proxy.join(images, torch.zeros(6, dtype=torch.long), rows, waiting, budget)
+    logits = batch.flatten(1)[:, :4] * 3  # a network that an image can be told by
+    found = proxy.disagreement(said, logits, rows, taken, budget)
+    expected = [entropy(said[i].softmax(0), (copies[i].flatten()[:4] * 3).softmax(0)) for i in (0, 2)]
+    assert found.item() == pytest.approx(sum(expected) / len(batch), rel=1e-5)
 
 
 def test_mixed_labels_take_their_seats_too():

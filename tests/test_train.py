@@ -258,7 +258,8 @@ def test_a_run_of_very_few_steps_still_learns(trained, batch_size, steps):
     ["--control", "coolest", "--fill", "noise"], ["--control", "label", "--fill", "blur"],
     ["--augment", "none", "--random-erasing", "0.5"], ["--augment", "trivialaugment", "--hide-and-seek", "0.2"],
     ["--augment", "randaugment", "--mixup", "0.2", "--cutmix", "1"], ["--mixup", "0.4", "--same-step", "--fill", "other"],
-    ["--cutmix", "1", "--budget", "extra", "--explain", "margin"]])
+    ["--cutmix", "1", "--budget", "extra", "--explain", "margin"], ["--same-step", "--consistency", "1", "--grow", "2"],
+    ["--same-step", "--consistency", "2", "--budget", "extra", "--mixup", "0.2"]])
 def test_each_part_of_the_space_trains_with_proxy_attention(trained, arguments):
     folder = trained(*arguments, "--train-fraction", "0.3", epochs=1)
     line = run.read_log(folder)[0]
@@ -287,6 +288,22 @@ def test_in_the_same_step_each_selected_image_is_trained_on_through_a_second_pas
     assert lines[1]["images_seen"] == lines[1]["second_pass_images"] == 20 * 64 * (1 if budget == "equal" else 2)
     assert cost["second_pass_images"] == lines[1]["second_pass_images"] and cost["optimizer_steps"] == 40
     assert "went through the network once more" in capsys.readouterr().out
+
+
+def test_consistency_brings_what_is_said_of_a_copy_nearer_to_what_was_said_of_its_original(trained, monkeypatch):
+    same, found, disagreement = ("--same-step", "--select", "all", "--subset", "0.5", "--area", "0.3", "--train-fraction", "0.3"), [], proxy.disagreement
+    monkeypatch.setattr(proxy, "disagreement", lambda *arguments: found.append(disagreement(*arguments)) or found[-1])
+    for weight in ("1e-6", "10"):
+        trained(*same, "--consistency", weight, epochs=4)
+    loose, tight = (sum(found[start:start + 10]) for start in (len(found) // 2 - 10, len(found) - 10))  # the last ten steps of each
+    assert 0 < tight < 0.7 * loose
+
+
+def test_an_area_grows_to_its_whole(trained, monkeypatch):
+    found, pixel_mask = [], proxy.pixel_mask
+    monkeypatch.setattr(proxy, "pixel_mask", lambda heat, area, *rest: found.append(round(area, 6)) or pixel_mask(heat, area, *rest))
+    trained("--train-fraction", "0.1", "--area", "0.3", "--grow", "3", "--warmup", "1", epochs=5)
+    assert list(dict.fromkeys(found)) == [0.1, 0.2, 0.3]
 
 
 def test_a_schedule_decides_in_which_epochs_images_are_erased(trained):
@@ -710,7 +727,9 @@ def test_a_run_that_cannot_give_the_heat_is_named_before_anything_is_trained(tra
                             (["--heat-from", first, "--model", "test_vit", "--no-pretrained"], 'has --model "resnet10s", not "test_vit"'),
                             (["--heat-from", first, "--image-size", "40"], "has --image-size 32, not 40"),
                             (["--heat-from", first, "--cam", "none"], "a --cam other than none"),
-                            (["--heat-from", first, "--mode", "staged"], "goes with --mode online")):
+                            (["--heat-from", first, "--mode", "staged"], "goes with --mode online"),
+                            (["--heat-from", first, "--consistency", "1"], "leave --heat-from out"), (["--consistency", "1"], "give that"),
+                            (["--grow", "2", "--threshold", "0.5"], "--grow goes with --area")):
         assert train.main([*arguments, "--out", str(out)]) == 2
         assert says in capsys.readouterr().err and not out.exists()
 
