@@ -160,3 +160,8 @@ def test_an_arm_that_starts_from_another_waits_for_it(tmp_path, monkeypatch, cap
     configs.write_text(json.dumps(with_experiment(CHAIN | {"arms": {"second": {"init": "@fist"}}})))
     assert train.main(arguments) == 2
     assert "arms.second.init: '@fist' is no arm" in capsys.readouterr().err
+
+
+def test_weights_for_all_are_where_the_arms_that_start_from_no_other_begin():
+    found = {c.arm: c.options.get("weights") for c in experiment.cells(with_experiment(CHAIN), "tiny", {"weights": "w.pth"})}
+    assert found == {"first": "w.pth", "second": None}
