@@ -521,7 +521,8 @@ def make_split(dataset, rule, seed, train_fraction=1.0, known=None):
     Where the dataset brings its own parts they are kept: test is its test part, or, without one, its val part, and
     a validation part it lacks is drawn from its training part.
     known: {id: part} of the run that this one starts from: these images keep their part, and further images of a class that
-    it had are trained on, so that nothing it was trained on comes to be tested on.
+    it had are trained on, so that nothing it was trained on comes to be tested on. What it was trained on comes first where only a
+    train_fraction is used: the same fraction of the same classes is the same images.
     Returns {"train": [ids], "val": [ids], "test": [ids]}; no content is in two parts.
     """
     everything = np.arange(len(dataset))
@@ -550,7 +551,7 @@ def make_split(dataset, rule, seed, train_fraction=1.0, known=None):
         empty = "val" if not len(parts["val"]) else "test"
         raise UserError(f"dataset {dataset.name}: no image left for the {empty} part. Expected at least three "
                         "different images per class.")
-    return {part: [dataset.ids[i] for i in sorted(_fraction(dataset, parts[part], train_fraction, seed)
+    return {part: [dataset.ids[i] for i in sorted(_fraction(dataset, parts[part], train_fraction, seed, known or {})
                                                   if part == "train" else parts[part])] for part in PARTS}
 
 
@@ -612,13 +613,14 @@ def redraw(dataset, split, seed, number):
     return {**split, **{part: [dataset.ids[i] for i in sorted(members)] for part, members in parts.items()}}
 
 
-def _fraction(dataset, indices, fraction, seed):
-    """A stratified `fraction` of `indices`, at least one per class; smaller fractions are parts of larger ones."""
+def _fraction(dataset, indices, fraction, seed, first=()):
+    """A stratified `fraction` of `indices`, at least one per class, with ids in `first` first; smaller fractions are parts of larger ones."""
     if fraction == 1:
         return indices
     kept = []
     for label, members in _by_class(dataset, indices):
         order = _generator("fraction", seed, dataset.classes[label]).permutation(len(members))
+        order = sorted(order, key=lambda i: dataset.ids[members[i]] not in first)
         kept += [members[i] for i in order[: max(1, round(fraction * len(members)))]]
     return kept
 

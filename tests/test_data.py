@@ -490,6 +490,17 @@ def test_what_an_earlier_run_was_trained_on_is_never_tested_on():
     assert {i for i in split["test"]} - old and sum(map(len, split.values())) == len(whole)
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_a_run_that_goes_on_with_the_same_fraction_trains_on_the_same_images(fraction):
+    whole = load("digits", None)
+    first = data.make_split(whole, STRATIFIED, 5, fraction)
+    known = {image_id: part for part in data.PARTS for image_id in first[part]}
+    assert data.make_split(whole, STRATIFIED, 5, fraction, known) == first
+    more = data.make_split(whole, STRATIFIED, 5, 2 * fraction, known)
+    assert set(first["train"]) < set(more["train"]) and (more["val"], more["test"]) == (first["val"], first["test"])
+
+
+
 def test_erased_copies_replace_their_originals_or_come_on_top(tmp_path):
     found = load("digits", None)
     for i in (1, 2):
