@@ -565,14 +565,21 @@ def run_before(config, key, classes):
     return first
 
 
-def keep_heat_network(config, classes, folder):
-    """Copy the last weights of the run --heat-from into `heat.pt`, so that this run's folder is whole without it. Raises UserError."""
+def heat_run(config, classes):
+    """The finished run of --heat-from, or None. Raises UserError where its network is not this run's, for one layer is to serve both."""
+    if config["heat_from"] is None:
+        return None
     first = run_before(config, "heat_from", classes)
-    for key in ("model_entry", "image_size"):
+    for key, name in (("model_entry", "model"), ("image_size", "image_size")):
         if first.config[key] != config[key]:
-            there, here = (json.dumps(c[key] if key == "image_size" else c["model"]) for c in (first.config, config))
-            raise UserError(f"--heat-from {first.folder}: has --{key.replace('_entry', '').replace('_', '-')} {there}, not {here}; give a run with the same")
-    if folder is not None:
+            raise UserError(f"--heat-from {first.folder}: has --{name.replace('_', '-')} {json.dumps(first.config[name])}, not "
+                            f"{json.dumps(config[name])}; give a run with the same")
+    return first
+
+
+def keep_heat_network(first, folder):
+    """Copy the last weights of the run --heat-from into `heat.pt`, so that the run in `folder` is whole without it."""
+    if first is not None:
         save_checkpoint(folder / "heat.pt", {"model": load_checkpoint(first.folder / "last.pt")["model"]})
 
 

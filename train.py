@@ -768,8 +768,7 @@ def start(options, dry_run, show_sheet):
     split = the_split(config, dataset)  # fails before every image is looked at
     if config["reweight"]:
         run.run_before(config, "reweight", dataset.classes)
-    if config["heat_from"]:
-        run.keep_heat_network(config, dataset.classes, folder=None)
+    first = run.heat_run(config, dataset.classes)
     model, text = run.first_network(config, dataset.classes)
     layer, grid = run.try_network(config, model)
     if not dry_run:
@@ -784,7 +783,7 @@ def start(options, dry_run, show_sheet):
     if dry_run:
         print_dry_run(config, dataset, split, text, model, layer, grid)
         if show_sheet:
-            explained = run.run_before(config, "heat_from", dataset.classes).network() if config["heat_from"] else model
+            explained = first.network() if first else model
             print(f"\nLook at {evaluation.draw_space(config, explained.to(device), dataset, split, device)}")
         return None
     folder = make_folder(config)
@@ -792,8 +791,7 @@ def start(options, dry_run, show_sheet):
     if skipped:
         write_bad_images(folder / "bad-images.txt", skipped)
         text += f"\n{len(skipped)} images that cannot be used are left out, see {folder}/bad-images.txt"
-    if config["heat_from"]:
-        run.keep_heat_network(config, dataset.classes, folder)
+    run.keep_heat_network(first, folder)
     run.write_json(folder / "split.json", split)
     run.write_json(folder / "config.json", config)  # last: a folder with it is a run that can be resumed
     console.print(f"{folder}: {text}", markup=False, soft_wrap=True)
@@ -1101,8 +1099,7 @@ def trial_steps(config, model, classes, device, size):
                        "accumulate": 1, "compile": False, "protocol": "fixed"}
     split = {"classes": classes, "fingerprint": "", "train": dataset.ids, "val": dataset.ids[:size]}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
-        if config["heat_from"]:
-            run.keep_heat_network(config, classes, Path(folder))
+        run.keep_heat_network(run.heat_run(config, classes), Path(folder))
         train(config, Path(folder), dataset, split, copy.deepcopy(model), device,
               Stage(0, 1), Trial())
 
