@@ -721,6 +721,26 @@ def test_the_heat_may_come_from_the_network_of_a_run_before_which_stays_as_it_is
     assert evaluation.main([str(second)]) == 0 and (second / "metrics.json").is_file()
 
 
+def test_a_run_with_the_heat_of_another_goes_on_to_the_same_bits_without_it(trained, tmp_path, monkeypatch, capsys):
+    first = trained("--train-fraction", "0.2", "--cam", "none", epochs=2)
+    arguments = ["--train-fraction", "0.2", "--heat-from", str(first), "--select", "all", "--fill", "transplant", "--epochs", "2", "--out", str(tmp_path), "--name"]
+    assert train.main([*arguments, "whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train.main([*arguments, "cut"]) == 130
+    first.rename(tmp_path / "elsewhere")
+    heat, cut = (tmp_path / "cut" / "heat.pt").read_bytes(), tmp_path / "cut"
+    for harm in (lambda path: path.write_bytes(heat[:-100]), Path.unlink):
+        harm(cut / "heat.pt")
+        capsys.readouterr()
+        assert train.main(["--resume", str(cut)]) == 2
+        assert f"{cut}/heat.pt" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    (cut / "heat.pt").write_bytes(heat)
+    assert train.main(["--resume", str(cut)]) == 0
+    a, b = (weights_of(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a) and metrics_of(cut)["test"] == metrics_of(tmp_path / "whole")["test"]
+
+
 def test_a_run_that_cannot_give_the_heat_is_named_before_anything_is_trained(trained, tmp_path, capsys):
     first, out = str(trained("--train-fraction", "0.2", "--cam", "none", epochs=3)), tmp_path / "runs"
     for arguments, says in ((["--heat-from", str(tmp_path)], "config.json"), (["--heat-from", first, "--classes", "1,2"], "has the classes 0, 1"),
