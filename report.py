@@ -154,6 +154,7 @@ def draw_dots(axes, rows, scale=1.0):
     axes.axvline(0, color="0.5", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=6)  # more run into each other
     plain(axes)
 
 
@@ -540,7 +541,7 @@ def continual(study):
     for arm, runs in later.items():
         for seed, result in runs.items():
             start = by_folder.get(Path(result.config["init"]).resolve())
-            if start is not None:
+            if start is not None and set(result.split["classes"]) - set(start.split["classes"]):
                 first.setdefault(arm, {})[seed], chosen.setdefault(arm, {})[seed] = start, result
     if not chosen:
         return None

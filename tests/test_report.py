@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,20 @@ def test_verdicts_of_many_arms_are_counted():
     made = simulated({"none": (8, 0.7), "much": (8, 0.9), "less": (8, 0.5), "a": (8, 0.7), "b": (2, 0.7)}, images=1000)
     text = report.verdicts(compare.compare(made, "none")[1:])
     assert text.startswith("Of 4 arms 1 better ('much'); 1 worse ('less'); 1 with too few seeds to tell; 1 with no difference found, and none larger than ")
+
+
+@pytest.mark.parametrize("added", [[], ["b"]])
+def test_what_is_kept_is_asked_only_where_classes_were_added(added):
+    made = simulated({"first": (2, 0.7), "later": (2, 0.8)}, images=40)
+    for number, (arm, seed) in enumerate((arm, seed) for arm in made for seed in made[arm]):
+        made[arm][seed] = made[arm][seed]._replace(folder=f"/runs/{number}")
+    results = [(arm, result) for arm, runs in made.items() for result in runs.values()]
+    for number, (arm, result) in enumerate(results):
+        result.config["init"] = f"/runs/{number - 2}" if arm == "later" else None
+        result.split["classes"] = ["a"] + added * (arm == "later")
+        result.found["test_labels"][:20] = 0
+    section = report.continual(SimpleNamespace(arms=made, results=lambda: results))
+    assert (section is not None) == bool(added)
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------
