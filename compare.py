@@ -219,9 +219,9 @@ def _power(count, effect):
     return stats.nct.sf(stats.t.ppf(1 - LEVEL / 2, count - 1), count - 1, effect * np.sqrt(count))
 
 
-def fewest_seeds():
-    """So many seeds the permutation test needs before it can find anything: its least p is 2 in 2 to their number."""
-    return int(np.ceil(1 - np.log2(LEVEL)))
+def fewest_seeds(arms=1):
+    """So many seeds the permutation test needs before it can find anything: its least p is 2 in 2 to their number, and Holm's of `arms` that times as much."""
+    return int(np.ceil(1 + np.log2(arms / LEVEL)))
 
 
 # --- comparisons ---------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def compare(arms, baseline, part="test"):
     compared = [row for row in rows[1:] if row["pairs"]]
     for row, p in zip(compared, holm([row["p"] for row in compared])):
         row["p_holm"] = p
-        row["says"] = say(row)
+        row["says"] = say(row, len(compared))
     return rows
 
 
@@ -319,8 +319,8 @@ def old_and_new(arms, first):
     return found
 
 
-def say(row):
-    """What a comparison's figures allow to be said, in words."""
+def say(row, arms=1):
+    """What a comparison's figures, as one of so many arms', allow to be said, in words."""
     points = 100 * row["difference"]
     if row["alike"]:
         return "right and wrong on the same images"
@@ -328,6 +328,8 @@ def say(row):
         return f"too few seeds to tell: {row['pairs']}, at least {fewest_seeds()} are needed"
     if row["p_holm"] < LEVEL:
         return f"{'better' if points > 0 else 'worse'} by {abs(points):.2f} points"
+    if row["p"] < LEVEL and row["pairs"] < fewest_seeds(arms):
+        return f"too few seeds to tell among {arms} arms: {row['pairs']}, at least {fewest_seeds(arms)} are needed"
     return f"no difference larger than {100 * max(map(abs, row['interval'])):.2f} points"
 
 

@@ -177,6 +177,16 @@ def test_any_figure_is_compared_as_accuracy_is():
     assert as_figures["interval"] == pytest.approx(as_right["interval"], abs=0.002)
 
 
+def test_what_no_number_of_points_could_show_among_so_many_arms_is_not_called_no_difference():
+    accuracies = {"none": (7, 0.5)} | {name: (7, 0.9) for name in "abcd"} | {"same": (7, 0.5)}
+    rows = {row["arm"]: row for row in compare.compare(simulated(accuracies, images=2000, seed=1), "none")}
+    assert rows["a"]["p"] == pytest.approx(2 / 2**7) and rows["a"]["p_holm"] == pytest.approx(5 * 2 / 2**7)
+    assert rows["a"]["says"] == "too few seeds to tell among 5 arms: 7, at least 8 are needed" and rows["same"]["says"].startswith("no difference larger than")
+    accuracies = {name: (8, share) for name, (_, share) in accuracies.items()}
+    rows = {row["arm"]: row for row in compare.compare(simulated(accuracies, images=2000, seed=1), "none")}
+    assert rows["a"]["says"].startswith("better by 4")
+
+
 def test_risk_and_coverage_of_a_case_worked_by_hand():
     coverage, risk = compare.risk_coverage(np.array([0.9, 0.6, 0.8, 0.7]), np.array([True, False, True, False]))
     assert coverage.tolist() == [0.25, 0.5, 0.75, 1] and risk.tolist() == pytest.approx([0, 0, 1 / 3, 1 / 2])
