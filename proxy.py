@@ -101,7 +101,7 @@ def above(heat, threshold):
 
 def grown(area, grow, epoch):
     """The area in an epoch, counted from 0 at the first that erases: in equal steps up to its whole over `grow` epochs."""
-    return area * (epoch + 1) / grow if epoch + 1 < grow else area
+    return area * (epoch + 1) / grow if 0 <= epoch < grow else area
 
 
 def pixel_mask(heat, area=None, threshold=None, control=None, key=()):

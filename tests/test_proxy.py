@@ -414,6 +414,11 @@ def test_disagreement_is_the_divergence_from_what_was_said_of_the_originals(budg
     assert found.item() == pytest.approx(sum(expected) / len(batch), rel=1e-5)
 
 
+def test_an_area_grows_in_equal_steps_from_the_first_epoch_that_erases():
+    assert [proxy.grown(0.3, 3, epoch) for epoch in range(-2, 5)] == pytest.approx([0.3, 0.3, 0.1, 0.2, 0.3, 0.3, 0.3])
+    assert {proxy.grown(0.3, 0, epoch) for epoch in range(-2, 5)} == {0.3} and proxy.grown(None, 0, -1) is None
+
+
 def test_mixed_labels_take_their_seats_too():
     shares = torch.eye(2)[LABELS]
     _, labels, _ = proxy.seat(torch.ones(5, 3, 2, 2), shares, waiting([True, False, True], [[0.3, 0.7]] * 3), "equal")
