@@ -620,7 +620,8 @@ def _fraction(dataset, indices, fraction, seed, first=()):
     kept = []
     for label, members in _by_class(dataset, indices):
         order = _generator("fraction", seed, dataset.classes[label]).permutation(len(members))
-        order = sorted(order, key=lambda i: dataset.ids[members[i]] not in first)
+        if first:
+            order = sorted(order, key=lambda i: dataset.ids[members[i]] not in first)
         kept += [members[i] for i in order[: max(1, round(fraction * len(members)))]]
     return kept
 

@@ -89,6 +89,7 @@ def train(config, folder, dataset, split, model, device, stage, stop):
         t.begin_epoch(epoch)
         batches.order.epoch, batches.order.start = epoch, first_step
         erasing = t.explain is not None and proxy.is_on(config["schedule"], epoch, accuracies, config["warmup"])
+        another = t.explained if erasing else None  # the network that the first pass goes through in place of the one in training
         settings = config | {"area": proxy.grown(config["area"], config["grow"], epoch - config["warmup"])}
         counts = counts or Counts(device, t.energy)
         for step, (pixels, labels) in enumerate(show(batches, epoch, stage, counts), first_step):
@@ -103,8 +104,8 @@ def train(config, folder, dataset, split, model, device, stage, stop):
                 waiting = None
 
             with t.explain if erasing else contextlib.nullcontext():
-                logits, loss = forward(t.explained if erasing and t.explained else t.network, images, labels, t.amp)
-                if not (erasing and t.explained):
+                logits, loss = forward(t.network if another is None else another, images, labels, t.amp)
+                if another is None:
                     counts.look(logits, labels, fresh)
                 if erasing:
                     with counts.timing_cam():
@@ -113,11 +114,11 @@ def train(config, folder, dataset, split, model, device, stage, stop):
                         waiting, *_ = proxy.erased_copies(settings, t.explain, images, labels, logits, fresh, rows, chosen,
                                                           (t.mean, t.std), key)
             if erasing and config["same_step"]:
-                said = logits.detach()[rows]
+                said = logits.detach()[rows] if config["consistency"] else None
                 del logits, loss  # the first pass was for the heat alone
                 images, labels, fresh = proxy.join(images, labels, rows, waiting, config["budget"])
                 logits, loss = forward(t.network, images, labels, t.amp)
-                if t.explained:
+                if another is not None:
                     counts.look(logits, labels, torch.ones_like(fresh))  # it sees these images only as it trains on them
                 if config["consistency"]:
                     loss = loss + config["consistency"] * proxy.disagreement(said, logits, rows, waiting.taken, config["budget"])
@@ -178,8 +179,9 @@ class Training:
         self.skips, self.made_with = Skips(device), None
         self.statistics = [b for b in model.buffers() if b.is_floating_point()]
         if erases:
-            layer = inner_layers(model, config["layer"]) if config["checkpointing"] and not explained else config["layer"]
-            self.explain = cam.CAM(explained or model, config["cam"], layer, config["smooth"], compiled=config["compile"] and not explained)
+            own = explained is None  # another network is neither checkpointed nor compiled
+            layer = inner_layers(model, config["layer"]) if config["checkpointing"] and own else config["layer"]
+            self.explain = cam.CAM(model if own else explained, config["cam"], layer, config["smooth"], compiled=config["compile"] and own)
 
     def begin_epoch(self, epoch):
         """Training mode; while --freeze lasts only for the head, the rest keeping also its batch statistics."""

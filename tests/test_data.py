@@ -500,7 +500,6 @@ def test_a_run_that_goes_on_with_the_same_fraction_trains_on_the_same_images(fra
     assert set(first["train"]) < set(more["train"]) and (more["val"], more["test"]) == (first["val"], first["test"])
 
 
-
 def test_erased_copies_replace_their_originals_or_come_on_top(tmp_path):
     found = load("digits", None)
     for i in (1, 2):
