@@ -39,6 +39,7 @@ from data import UserError
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c8c8c")
 MARKERS = "osD^vP*X"
 PICTURES = 6  # test images on which arms disagree most
+BANDS = 6  # more arms would hide each other behind their bands: their lines alone
 MEASURES = {"deletion": "deletion, area (lower is better)", "insertion": "insertion, area (higher)", "drop": "drop in confidence (lower)",
             "increase": "increase in confidence (higher)", "road": "ROAD (higher)", "sensitivity": "sensitivity to the weights (higher)",
             "pointing": "pointing game", "inside": "share of heat inside"}
@@ -171,7 +172,7 @@ def plain(axes):
 
 
 def curves(study, key, label, share=1.0):
-    """Of each arm the mean over seeds, epoch by epoch, and the band from the least to the greatest: a figure, and its last values in words."""
+    """Of each arm the mean over seeds, epoch by epoch, and for up to BANDS arms the band from the least to the greatest: a figure, and its last values in words."""
     figure, ends = Figure((7, 4), layout="constrained"), []
     axes = figure.add_subplot(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -180,7 +181,7 @@ def curves(study, key, label, share=1.0):
         values = np.array([[share * line[key] for line in r.log[:length]] for r in runs.values()])
         style, epochs = study.style(arm), np.arange(1, length + 1)
         axes.plot(epochs, values.mean(0), label=arm, markevery=max(1, length // 8), markersize=4, **style)
-        if len(values) > 1:
+        if len(values) > 1 and len(study.arms) <= BANDS:
             axes.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
         ends.append(f"{arm} {values[:, -1].mean():.3g}")
     legend(axes)
@@ -323,7 +324,7 @@ def reference_likeness(study, base, vit, method):
 def convergence(study):
     """Question 3: sooner, and with less data?"""
     figure, alternative = curves(study, "val_accuracy", "validation accuracy %", 100)
-    parts = [Picture("convergence", figure, "Validation accuracy over epochs: mean over seeds, and the band from the lowest seed to the highest.", alternative)]
+    parts = [Picture("convergence", figure, f"Validation accuracy over epochs: mean over seeds; for up to {BANDS} arms with the band from the lowest seed to the highest.", alternative)]
     table, says = [], []
     for baseline, group in study.groups:
         for arm, runs in compare.reached(group, baseline).items():
@@ -618,7 +619,7 @@ def the_runs(study):
               number(r.metrics["cost"]["peak_gpu_allocated_mb"] or r.metrics["cost"]["peak_host_mb"], 0), str(r.folder)] for arm, r in study.results()]
     skipped = sum(r.metrics["skipped_images"] for _, r in study.results())
     return Section("The runs", f"{len(table)} runs of {len(study.arms)} arms." + (f" Images left out by --skip-bad, over all runs: {skipped}." if skipped else ""), [
-        Picture("loss", figure, "Training loss over epochs: mean over seeds, and the band from the lowest seed to the highest.", alternative),
+        Picture("loss", figure, f"Training loss over epochs: mean over seeds; for up to {BANDS} arms with the band from the lowest seed to the highest.", alternative),
         Table("runs", "Every run.", ["arm", "seed", "val %", "test %", "epochs", "seconds", "images", "erased", "memory MB", "folder"], table)])
 
 

@@ -266,3 +266,13 @@ def test_the_page_fits_a_phone_a_dark_room_and_paper(written, tmp_path):
     chromium(page, tmp_path, f"--print-to-pdf={tmp_path}/page.pdf")
     printed = Path(tmp_path / "page.pdf").read_bytes()
     assert printed.startswith(b"%PDF") and 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 40
+
+
+@pytest.mark.parametrize("arms", [2, report.BANDS, report.BANDS + 1])
+def test_bands_are_drawn_where_few_arms_share_the_figure(arms):
+    def logged(seed):
+        return SimpleNamespace(log=[{"accuracy": 0.1 * (epoch + seed)} for epoch in range(4)])
+    study = SimpleNamespace(arms={f"arm {i}": {seed: logged(seed) for seed in (0, 1)} for i in range(arms)}, style=lambda arm: {"color": "black"})
+    figure, text = report.curves(study, "accuracy", "accuracy %", 100)
+    assert len(figure.axes[0].lines) == arms and len(figure.axes[0].collections) == (arms if arms <= report.BANDS else 0)
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([5, 15, 25, 35]) and "arm 1 35" in text
