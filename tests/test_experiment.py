@@ -100,7 +100,7 @@ def test_a_stopped_experiment_goes_on_and_repeats_nothing_that_is_finished(tmp_p
     configs.write_text(json.dumps(with_experiment(TINY)))
     arguments, folder = ["--experiment", "tiny", "--out", tmp_path / "runs", "--epochs", "8"], tmp_path / "runs" / "tiny"
     process = train_process(arguments, configs=configs)
-    while not (folder / "none-s0" / "log.jsonl").exists() and process.is_alive():
+    while not (folder / "none-s0" / "last.pt").exists() and process.is_alive():
         time.sleep(0.02)
     process.signal(signal.SIGTERM)
     assert process.wait() == 143 and "the same command goes on" in process.output()
