@@ -171,8 +171,9 @@ def plain(axes):
         text.set_parse_math(False)
 
 
-def curves(study, key, label, share=1.0):
-    """Of each arm the mean over seeds, epoch by epoch, and for up to BANDS arms the band from the least to the greatest: a figure, and its last values in words."""
+def curves(study, name, key, what, unit="", share=1.0):
+    """The Picture of a number of the log, epoch by epoch: of each arm the mean over seeds, and for up to BANDS arms the band from the least to the greatest."""
+    label, bands = what + unit, len(study.arms) <= BANDS
     figure, ends = Figure((7, 4), layout="constrained"), []
     axes = figure.add_subplot(xlabel="epoch", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -181,11 +182,12 @@ def curves(study, key, label, share=1.0):
         values = np.array([[share * line[key] for line in r.log[:length]] for r in runs.values()])
         style, epochs = study.style(arm), np.arange(1, length + 1)
         axes.plot(epochs, values.mean(0), label=arm, markevery=max(1, length // 8), markersize=4, **style)
-        if len(values) > 1 and len(study.arms) <= BANDS:
+        if len(values) > 1 and bands:
             axes.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
         ends.append(f"{arm} {values[:, -1].mean():.3g}")
     legend(axes)
-    return figure, f"{label} over epochs; at the end " + ", ".join(ends)
+    caption = f"{what.capitalize()} over epochs: mean over seeds" + (", and the band from the lowest seed to the highest." if bands else ".")
+    return Picture(name, figure, caption, f"{label} over epochs; at the end " + ", ".join(ends))
 
 
 def legend(axes):
@@ -323,8 +325,7 @@ def reference_likeness(study, base, vit, method):
 
 def convergence(study):
     """Question 3: sooner, and with less data?"""
-    figure, alternative = curves(study, "val_accuracy", "validation accuracy %", 100)
-    parts = [Picture("convergence", figure, f"Validation accuracy over epochs: mean over seeds; for up to {BANDS} arms with the band from the lowest seed to the highest.", alternative)]
+    parts = [curves(study, "convergence", "val_accuracy", "validation accuracy", " %", 100)]
     table, says = [], []
     for baseline, group in study.groups:
         for arm, runs in compare.reached(group, baseline).items():
@@ -613,13 +614,12 @@ QUESTIONS = (augmentation, attention, convergence, explainability, shortcut, con
 
 def the_runs(study):
     """Every run, with its curves."""
-    figure, alternative = curves(study, "train_loss", "training loss")
     table = [[arm, r.seed, points(r.metrics["val"]["accuracy"]), points(r.metrics["test"]["accuracy"]), r.metrics["epochs"],
               number(r.metrics["cost"]["train_seconds"], 1), r.metrics["cost"]["images_seen"], r.metrics["cost"]["erased_images"],
               number(r.metrics["cost"]["peak_gpu_allocated_mb"] or r.metrics["cost"]["peak_host_mb"], 0), str(r.folder)] for arm, r in study.results()]
     skipped = sum(r.metrics["skipped_images"] for _, r in study.results())
     return Section("The runs", f"{len(table)} runs of {len(study.arms)} arms." + (f" Images left out by --skip-bad, over all runs: {skipped}." if skipped else ""), [
-        Picture("loss", figure, f"Training loss over epochs: mean over seeds; for up to {BANDS} arms with the band from the lowest seed to the highest.", alternative),
+        curves(study, "loss", "train_loss", "training loss"),
         Table("runs", "Every run.", ["arm", "seed", "val %", "test %", "epochs", "seconds", "images", "erased", "memory MB", "folder"], table)])
 
 

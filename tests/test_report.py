@@ -273,6 +273,8 @@ def test_bands_are_drawn_where_few_arms_share_the_figure(arms):
     def logged(seed):
         return SimpleNamespace(log=[{"accuracy": 0.1 * (epoch + seed)} for epoch in range(4)])
     study = SimpleNamespace(arms={f"arm {i}": {seed: logged(seed) for seed in (0, 1)} for i in range(arms)}, style=lambda arm: {"color": "black"})
-    figure, text = report.curves(study, "accuracy", "accuracy %", 100)
+    picture = report.curves(study, "convergence", "accuracy", "accuracy", " %", 100)
+    figure, text = picture.figure, picture.alternative
+    assert ("band" in picture.caption) == (arms <= report.BANDS)
     assert len(figure.axes[0].lines) == arms and len(figure.axes[0].collections) == (arms if arms <= report.BANDS else 0)
     assert figure.axes[0].lines[0].get_ydata() == pytest.approx([5, 15, 25, 35]) and "arm 1 35" in text
