@@ -603,12 +603,14 @@ def write_where(folder, methods, layer, device=torch.device("cpu")):
     """How much of a run's planted squares, or of the object, each way of explaining finds on its validation images, as `explain.where`.
 
     methods: CAM methods. layer: the layer to explain; None for the run's own or the rule's. Adds to `where.json`, a row for each method, layer and
-    explained score, and returns those asked for. Raises UserError where nothing is known of where heat should lie.
+    explained score, and returns those asked for: means over the images, and "worst_class", `erased` in the class where it is least. A network can
+    learn the square of one class and tell the other by its absence; then no heat finds the other's. Raises UserError where nothing is known of where
+    heat should lie.
     """
     opened = run.open_run(folder)
     config = opened.config
     dataset, model, normalisation, ids, batches = open_to_explain(opened, "val", "where", LEANING, device)
-    layer, parts = layer or (config["layer"] if config["cam"] not in cam.ATTENTION else None), []
+    layer, parts, classes = layer or (config["layer"] if config["cam"] not in cam.ATTENTION else None), [], []
     for pixels, labels, name, mask in with_masks(dataset, batches):
         if mask is None:
             raise UserError(f"--where {folder}: nothing is known of where the object is in {config['dataset']}; it is for runs with --decoy, and for "
@@ -617,8 +619,12 @@ def write_where(folder, methods, layer, device=torch.device("cpu")):
             parts.append(explain.where(model, data.prepare(pixels, *normalisation), labels.to(device), mask, methods, layer))
         except ValueError as error:
             raise UserError(f"--where {folder}: {error}") from None
-    rows = [{"method": method, "layer": layer, "explain": score, "mask": name, "images": len(ids),
-             **{key: float(torch.cat([part[method, score][key] for part in parts]).mean()) for key in parts[0][method, score]}} for method, score in parts[0]]
+        classes.append(labels)
+    rows, classes = [], torch.cat(classes).cpu()
+    for method, score in parts[0]:
+        found = {key: torch.cat([part[method, score][key] for part in parts]).cpu() for key in parts[0][method, score]}
+        rows.append({"method": method, "layer": layer, "explain": score, "mask": name, "images": len(ids)} | {key: float(each.mean()) for key, each in found.items()}
+                    | {"worst_class": min(float(found["erased"][classes == label].mean()) for label in classes.unique())})
     path, asked = opened.folder / "where.json", {(r["method"], r["layer"], r["explain"]) for r in rows}
     there = run.read_json(path) if path.exists() else []
     run.write_json(path, [r for r in there if (r["method"], r["layer"], r["explain"]) not in asked] + rows)
@@ -628,8 +634,9 @@ def write_where(folder, methods, layer, device=torch.device("cpu")):
 def describe_where(folder, rows):
     """What `write_where` found, for a person."""
     lines = [f"{folder}: of the {rows[0]['mask']} in {rows[0]['images']} validation images, {100 * rows[0]['covered']:.1f}% of their pixels",
-             f"{'method':14}{'layer':20}{'explained':12}{f'hottest {100 * explain.LEAN_AREA:g}% cover':>20}{'hottest pixel on it':>22}{'heat on it':>12}"]
-    lines += [f"{r['method']:14}{r['layer'] or 'as the rule has it':20}{r['explain']:12}{100 * r['erased']:19.1f}%{100 * r['pointing']:21.1f}%{100 * r['inside']:11.1f}%"
+             f"{'method':14}{'layer':20}{'explained':12}{f'hottest {100 * explain.LEAN_AREA:g}% cover':>20}{'in worst class':>16}{'hottest pixel on it':>22}{'heat on it':>12}"]
+    lines += [f"{r['method']:14}{r['layer'] or 'as the rule has it':20}{r['explain']:12}{100 * r['erased']:19.1f}%{100 * r['worst_class']:15.1f}%"
+              f"{100 * r['pointing']:21.1f}%{100 * r['inside']:11.1f}%"
               for r in rows]
     return "\n".join(lines)
 

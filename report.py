@@ -475,9 +475,9 @@ def shortcut(study):
                        f"which looks at validation alone, finds that the network goes by few pixels, and by how many points (above {100 * explain.LEANS:g} it does).",
                        ["arm", "seeds", "validation", "test", "clean test", "heat on the square", "chance", "leans", "by"], table)]
         if found := _where(study):
-            parts.append(Table("where", f"How much of the square in validation images the hottest {100 * explain.LEAN_AREA:g}% of the pixels cover, how often the hottest lies on it, and "
-                               "which share of the heat does, in %, by eval.py --where: method, layer and explained score.",
-                               ["arm", "seeds", "method", "layer", "explained", "covered", "hottest on it", "heat on it", "chance"], found))
+            parts.append(Table("where", f"How much of the square in validation images the hottest {100 * explain.LEAN_AREA:g}% of the pixels cover, and in the class where that is least; how often the "
+                               "hottest lies on it, and which share of the heat does, in %, by eval.py --where: method, layer and explained score.",
+                               ["arm", "seeds", "method", "layer", "explained", "covered", "in worst class", "hottest on it", "heat on it", "chance"], found))
     if grouped:
         table = worst_groups(study)
         answer.append("Worst group: " + "; ".join(f"{row[0]} {row[2]}%" for row in table) + ".")
@@ -506,8 +506,8 @@ def _where(study):
         for r in runs.values():
             for row in run.read_json(r.folder / "where.json") if (r.folder / "where.json").exists() else []:
                 found.setdefault((row["method"], row["layer"] or "the rule's", row["explain"]), []).append(row)
-        rows += [[arm, len(each), *way, *(points(np.mean([row[key] for row in each])) for key in ("erased", "pointing", "inside", "covered"))]
-                 for way, each in found.items()]
+        rows += [[arm, len(each), *way, *(points(np.mean([row[key] for row in each]) if all(key in row for row in each) else None)
+                                          for key in ("erased", "worst_class", "pointing", "inside", "covered"))] for way, each in found.items()]
     return rows
 
 

@@ -222,8 +222,19 @@ def test_where_tells_how_much_of_the_square_each_way_of_explaining_finds(deceive
     chance, found = rows["random", "true"], rows["layercam", "true"]
     assert chance["covered"] == pytest.approx(16 / 1024) and chance["erased"] < 0.25  # a smooth field has its peaks in corners, too
     assert found["erased"] > 2 * chance["erased"] and found["inside"] > 3 * chance["covered"]
+    assert 0 <= found["worst_class"] < found["erased"]
     assert evaluation.main([str(deceived), "--where", "--cam", "layercam"]) == 0
     assert {r["layer"] for r in run.read_json(deceived / "where.json")} == {"layer1", None}
+
+
+def test_where_tells_when_the_square_of_one_class_is_not_found(deceived, monkeypatch):
+    """The heat of a network that knows class 3 by the absence of the others' squares."""
+    real = explain.where
+    def blind(model, images, labels, *rest):
+        return {way: found | {"erased": (labels != 3).float()} for way, found in real(model, images, labels, *rest).items()}
+    monkeypatch.setattr(explain, "where", blind)
+    rows = evaluation.write_where(deceived, ["random"], None)
+    assert {row["worst_class"] for row in rows} == {0} and all(0.8 < row["erased"] < 1 for row in rows)
 
 
 def test_where_needs_a_mask_and_runs(tmp_path, capsys):
