@@ -610,21 +610,22 @@ def write_where(folder, methods, layer, device=torch.device("cpu")):
     opened = run.open_run(folder)
     config = opened.config
     dataset, model, normalisation, ids, batches = open_to_explain(opened, "val", "where", LEANING, device)
-    layer, parts, classes = layer or (config["layer"] if config["cam"] not in cam.ATTENTION else None), [], []
+    layer, parts = layer or (config["layer"] if config["cam"] not in cam.ATTENTION else None), []
     for pixels, labels, name, mask in with_masks(dataset, batches):
         if mask is None:
             raise UserError(f"--where {folder}: nothing is known of where the object is in {config['dataset']}; it is for runs with --decoy, and for "
                             f"{', '.join(data.MASKS)}")
         try:
-            parts.append(explain.where(model, data.prepare(pixels, *normalisation), labels.to(device), mask, methods, layer))
+            labels = labels.to(device)
+            parts.append((labels, explain.where(model, data.prepare(pixels, *normalisation), labels, mask, methods, layer)))
         except ValueError as error:
             raise UserError(f"--where {folder}: {error}") from None
-        classes.append(labels)
-    rows, classes = [], torch.cat(classes).cpu()
-    for method, score in parts[0]:
-        found = {key: torch.cat([part[method, score][key] for part in parts]).cpu() for key in parts[0][method, score]}
-        rows.append({"method": method, "layer": layer, "explain": score, "mask": name, "images": len(ids)} | {key: float(each.mean()) for key, each in found.items()}
-                    | {"worst_class": min(float(found["erased"][classes == label].mean()) for label in classes.unique())})
+    rows, labels = [], torch.cat([each for each, _ in parts])
+    for method, score in parts[0][1]:
+        found = {key: torch.cat([part[method, score][key] for _, part in parts]) for key in parts[0][1][method, score]}
+        rows.append({"method": method, "layer": layer, "explain": score, "mask": name, "images": len(ids),
+                     **{key: float(each.mean()) for key, each in found.items()},
+                     "worst_class": min(float(found["erased"][labels == label].mean()) for label in labels.unique())})
     path, asked = opened.folder / "where.json", {(r["method"], r["layer"], r["explain"]) for r in rows}
     there = run.read_json(path) if path.exists() else []
     run.write_json(path, [r for r in there if (r["method"], r["layer"], r["explain"]) not in asked] + rows)
@@ -636,8 +637,7 @@ def describe_where(folder, rows):
     lines = [f"{folder}: of the {rows[0]['mask']} in {rows[0]['images']} validation images, {100 * rows[0]['covered']:.1f}% of their pixels",
              f"{'method':14}{'layer':20}{'explained':12}{f'hottest {100 * explain.LEAN_AREA:g}% cover':>20}{'in worst class':>16}{'hottest pixel on it':>22}{'heat on it':>12}"]
     lines += [f"{r['method']:14}{r['layer'] or 'as the rule has it':20}{r['explain']:12}{100 * r['erased']:19.1f}%{100 * r['worst_class']:15.1f}%"
-              f"{100 * r['pointing']:21.1f}%{100 * r['inside']:11.1f}%"
-              for r in rows]
+              f"{100 * r['pointing']:21.1f}%{100 * r['inside']:11.1f}%" for r in rows]
     return "\n".join(lines)
 
 

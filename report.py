@@ -499,15 +499,19 @@ def _on_the_swatch(study, runs):
 
 
 def _where(study):
-    """Rows of a table: what `eval.py --where` has found in runs of each arm, means over those in which it was asked."""
+    """Rows of a table: what `eval.py --where` has found in runs of each arm, means over those in which it was asked.
+
+    A `where.json` written before it knew the worst class gives a dash there.
+    """
     rows = []
     for arm, runs in study.arms.items():
         found = {}
         for r in runs.values():
             for row in run.read_json(r.folder / "where.json") if (r.folder / "where.json").exists() else []:
                 found.setdefault((row["method"], row["layer"] or "the rule's", row["explain"]), []).append(row)
-        rows += [[arm, len(each), *way, *(points(np.mean([row[key] for row in each]) if all(key in row for row in each) else None)
-                                          for key in ("erased", "worst_class", "pointing", "inside", "covered"))] for way, each in found.items()]
+        for way, each in found.items():
+            columns = ([row.get(key) for row in each] for key in ("erased", "worst_class", "pointing", "inside", "covered"))
+            rows.append([arm, len(each), *way, *(points(None if None in column else np.mean(column)) for column in columns)])
     return rows
 
 
