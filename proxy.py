@@ -1,29 +1,174 @@
-"""Proxy Attention's own decisions: which images, which pixels, what instead, when, and in whose seats.
+"""Proxy Attention's own decisions: in which step, which images, which pixels, what instead, and when.
 
-    rows, chosen = select("misled", logits, labels, fresh, seats=8, key=key)    # which images
-    mask = pixel_mask(heat, area=0.1)                                           # which pixels
-    erased = erase(images[rows], mask, "black", scene)                          # what instead
-    images, labels, fresh = seat(images, labels, waiting, "equal")              # in the next step
-    is_on("every:3", epoch, accuracies)                                         # when
+`STEPS` has the ways to take a training step; `online` is the method itself. To add a step, a way to select images, a
+control, a fill or a schedule, add a function to `STEPS`, `SELECTIONS`, `CONTROLS`, `FILLS` or `SCHEDULES`.
 
-Everything works on whole batches on the device, with fixed shapes and without waiting for the device, so that a training
-step costs the same whether one image is erased or many. What is left to chance follows from `key`, as (seed, epoch, step),
+Everything works on complete batches on the device, with fixed shapes and without waiting for the device, so that a step
+costs the same whether one image is erased or many. What is left to chance follows from `key`, as (seed, epoch, step),
 and each decision has draws of its own: a control that changes one decision leaves the others as they were.
 
-To add a way of selecting, controlling, filling or scheduling, add a function to `SELECTIONS`, `CONTROLS`, `FILLS` or `SCHEDULES`.
-
-Labels are classes, int64 [B], or under mixup and cutmix shares of classes, float [B, C].
+Labels are classes, int64 [B], or under mixup and cutmix shares of classes, float [B, C]. Images are normalised.
 """
 
+import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import cam
-import data
+from engine.chance import torch_generator
+from engine.erasing import (Scene, Waiting, all_fresh, blurred, of_another_class, other_chosen, put, seat, shifted_from,
+                            true_class, wrong)
 
-# --- which images: (logits float32 [B, C], labels, draw [B] in [0, 1)) -> wanted bool [B], rank [B], the highest first ----
+# --- in which step: (net: images -> logits, images [B, 3, H, W], labels, Proxy) -> Trained ---------------------------
+
+
+class Trained(NamedTuple):
+    """A step. fresh: bool [B], False for erased copies. second_pass: images that passed for their heat alone."""
+
+    loss: torch.Tensor
+    fresh: torch.Tensor
+    second_pass: int = 0
+
+
+def plain(net, images, labels, proxy):
+    """A step in which nothing is erased; copies that the step before erased are still trained on."""
+    images, labels, fresh = proxy.seat(images, labels)
+    logits = net(images)
+    proxy.count(logits, labels, fresh)
+    return Trained(cross_entropy(logits, labels), fresh)
+
+
+def online(net, images, labels, proxy):
+    """The method: one forward and one backward pass; what this step erases is trained on in the next."""
+    images, labels, fresh = proxy.seat(images, labels)  # erased copies of the step before take their seats
+    with proxy.explain:
+        logits = net(images)
+        proxy.count(logits, labels, fresh)
+        rows, chosen = proxy.select(logits, labels, fresh)  # which images
+        heat = proxy.heat(logits, labels, rows, images.shape[-2:])
+        mask = proxy.mask(heat)  # which pixels
+        proxy.waiting = proxy.fill(images, labels, fresh, rows, chosen, heat, mask)  # what instead
+    return Trained(cross_entropy(logits, labels), fresh)
+
+
+def same_step(net, images, labels, proxy):
+    """As `online`, but what is erased is trained on at once, through a second forward pass."""
+    with proxy.explain:
+        logits, fresh = net(images), all_fresh(labels)
+        proxy.count(logits, labels, fresh)
+        rows, chosen = proxy.select(logits, labels, fresh)
+        copies, _, _ = proxy.erased(images, labels, fresh, logits, rows, chosen)
+    del logits  # and with it the first pass, before the second
+    images, labels, fresh = proxy.join(images, labels, rows, copies)
+    return Trained(cross_entropy(net(images), labels), fresh, len(labels))
+
+
+def heat_from(net, images, labels, proxy):
+    """As `same_step`, but the heat is that of another network, `proxy.heat_net`, which is not trained."""
+    with proxy.explain:
+        logits, fresh = proxy.heat_net(images), all_fresh(labels)
+        rows, chosen = proxy.select(logits, labels, fresh)
+        copies, _, _ = proxy.erased(images, labels, fresh, logits, rows, chosen)
+    del logits
+    images, labels, fresh = proxy.join(images, labels, rows, copies)
+    logits = net(images)
+    proxy.count(logits, labels, torch.ones_like(fresh))  # it sees these images only as it trains on them
+    return Trained(cross_entropy(logits, labels), fresh, len(labels))
+
+
+STEPS = {"online": online, "same_step": same_step, "heat_from": heat_from}
+AT_ONCE = {"same_step", "heat_from"}  # train on all that they erase; others on at most SHARE of a batch, in the next
+SHARE = 0.5
+
+
+def cross_entropy(logits, labels):
+    return F.cross_entropy(logits.float(), labels)
+
+
+def timed(method):
+    """A method of `Proxy` whose time counts as the heat's."""
+    @functools.wraps(method)
+    def inner(self, *arguments):
+        with self.counts.timing_cam() if self.counts else contextlib.nullcontext():
+            return method(self, *arguments)
+
+    return inner
+
+
+class Proxy:
+    """What a step works with: a run's settings, the heat, and the erased copies that wait for the next step.
+
+    config: the settings step, schedule, select, control, explain, area, fill, budget. explain: the `cam.CAM` to enter
+    around the forward pass, or None. normalisation: (mean, std), each [1, 3, 1, 1]. seats: at most so many images are
+    erased in a step; all by default. heat_net: images -> logits of another network, where the heat is of that one.
+    counts: the epoch's `costs.Counts`, or None. Set `key` before each step; all draws follow from it.
+    """
+
+    def __init__(self, config, explain, normalisation, seats=None, heat_net=None, counts=None):
+        self.config, self.explain, self.seats, self.heat_net = config, explain, seats, heat_net
+        mean, std = normalisation
+        self.black, self.white = -mean / std, (1 - mean) / std
+        self.key, self.waiting, self.counts = (), None, counts
+
+    def step(self, epoch, accuracies):
+        """The function of an epoch's steps. accuracies: on validation, of each epoch before."""
+        if self.explain is None or not is_on(self.config["schedule"], epoch, accuracies):
+            return plain
+        return STEPS[self.config["step"]]
+
+    def count(self, logits, labels, fresh):
+        """Note how many of the fresh images are misled."""
+        if self.counts:
+            self.counts.misled(wrong(logits.detach(), labels), fresh)
+
+    def seat(self, images, labels):
+        """The batch with the waiting copies in it: images, labels, and fresh, bool, False for the copies."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is None:
+            return images, labels, all_fresh(labels)
+        return seat(images, labels, waiting, self.config["budget"])
+
+    def join(self, images, labels, rows, copies):
+        """The batch with the copies of its images `rows`: in their place (budget equal), or behind it (extra)."""
+        return seat(images, labels, copies, self.config["budget"], rows)
+
+    @timed
+    def select(self, logits, labels, fresh):
+        """Which images: rows, int64 [N], and chosen, bool [N], as `select`."""
+        seats = len(labels) if self.seats is None else self.seats
+        return select(self.config["select"], logits, labels, fresh, seats, self.key, self.config["control"])
+
+    @timed
+    def heat(self, logits, labels, rows, size):
+        """Heat of these rows at the images' size: [N, H, W] in [0, 1]."""
+        classes = true_class(labels)
+        explained, against = cam.EXPLAIN[self.config["explain"]](logits[rows], classes[rows])
+        return cam.upsample(self.explain(logits, rows, explained, against), size)
+
+    @timed
+    def mask(self, heat):
+        """Which pixels: bool [N, H, W]."""
+        return pixel_mask(heat, self.config["area"], self.config["control"], self.key)
+
+    @timed
+    def fill(self, images, labels, fresh, rows, chosen, heat, mask):
+        """What instead: the erased copies of these rows, as `Waiting`; where the heat is zero, none is taken."""
+        chosen = chosen & mask.flatten(1).any(1)
+        scene = Scene(heat, chosen, rows, images, true_class(labels), fresh, self.black, self.white,
+                      torch_generator(images.device, "fill", *self.key))
+        return Waiting(FILLS[self.config["fill"]](images[rows], mask, scene), labels[rows], chosen)
+
+    def erased(self, images, labels, fresh, logits, rows, chosen):
+        """Heat, mask and fill, inside the block of `explain`: (Waiting, heat [N, H, W], mask bool [N, H, W])."""
+        heat = self.heat(logits, labels, rows, images.shape[-2:])
+        mask = self.mask(heat)
+        return self.fill(images, labels, fresh, rows, chosen, heat, mask), heat, mask
+
+
+# --- which images: (logits float32 [B, C], labels, draw [B] in [0, 1)) -> wanted bool [B], rank [B], highest first ----
 
 
 def misled(logits, labels, draw):
@@ -49,37 +194,22 @@ def everything(logits, labels, draw):
 
 
 SELECTIONS = {"misled": misled, "unsure": unsure, "loss": loss, "all": everything}
-RANKED = {"unsure", "loss"}  # their order is not left to chance
 
 
-def wrong(logits, labels):
-    """Whether the predicted class has no part in the label, bool [B]: it is another class, or under mixup neither of the two."""
-    predicted = logits.argmax(1)
-    return predicted != labels if labels.dim() == 1 else labels.gather(1, predicted[:, None])[:, 0] == 0
+def select(selection, logits, labels, fresh, seats, key, control=None):
+    """The fresh images that `selection` wants, at most `seats`.
 
-
-def true_class(labels):
-    """The label's class, int64 [B]; of a mixed label the one with the larger share."""
-    return labels if labels.dim() == 1 else labels.argmax(1)
-
-
-def select(selection, logits, labels, fresh, seats, key, subset=1.0, control=None):
-    """The first `subset` of the fresh images that `selection` wants, at most `seats`.
-
-    selection: a key of SELECTIONS. fresh: bool [B], False for images that are erased copies. key: what the draws follow from.
-    subset: share in (0, 1]; what it leaves of an image is rounded at random, so that the mean is exact. control "label": just as many
-    of the fresh images, but drawn at random.
-    Returns rows, int64 [seats], and chosen, bool [seats]: which of these rows are really selected. The shape is fixed so that
-    nothing has to wait until the device has counted.
+    selection: a key of SELECTIONS. fresh: bool [B], False for images that are erased copies. key: what the draws
+    follow from. control "label": as many of the fresh images, but drawn at random. Returns rows, int64 [seats], and
+    chosen, bool [seats]: which of these rows are really selected. The shape is fixed so that nothing has to wait until
+    the device has counted.
     """
-    draws = torch.rand(3, len(logits), generator=data.chance(logits.device, "select", *key), device=logits.device)
+    draws = torch.rand(3, len(logits), generator=torch_generator(logits.device, "select", *key), device=logits.device)
     wanted, rank = SELECTIONS[selection](logits.detach().float(), labels, draws[0])
     wanted = wanted & fresh
     count = wanted.sum()
-    if subset < 1:
-        count = (subset * count + draws[1, 0]).floor()
     if control == "label":
-        wanted, rank = fresh, draws[2]
+        wanted, rank = fresh, draws[2]  # draws[1] served an option that is gone: published runs keep their draws
     score, rows = torch.where(wanted, rank, -torch.inf).topk(seats)
     return rows, (torch.arange(seats, device=rows.device) < count) & (score > -torch.inf)
 
@@ -88,56 +218,38 @@ def select(selection, logits, labels, fresh, seats, key, subset=1.0, control=Non
 
 
 def hottest(heat, area):
-    """Mask of the hottest share `area` of each image's pixels, to within one pixel. heat: [N, H, W] -> bool [N, H, W]."""
+    """Mask of the hottest share `area` of each image's pixels, to within one pixel. heat: [N, H, W] -> bool [N, H, W].
+
+    The threshold of the method's proposal, chosen for each image so that as much is erased of every one.
+    """
     flat = heat.flatten(1)
     pixels = flat.topk(round(area * flat.shape[1]), sorted=False).indices
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, pixels, True).view_as(heat)
 
 
-def above(heat, threshold):
-    """Mask of the pixels at least `threshold` hot. heat: [N, H, W] in [0, 1] -> bool [N, H, W]."""
-    return heat >= threshold
+def pixel_mask(heat, area, control=None, key=()):
+    """`hottest`, or the mask that `control`, a key of CONTROLS, puts in its place.
 
-
-def grown(area, grow, epoch):
-    """The area in an epoch, counted from 0 at the first that erases: in equal steps up to its whole over `grow` epochs."""
-    return area * (epoch + 1) / grow if 0 <= epoch < grow else area
-
-
-def pixel_mask(heat, area=None, threshold=None, control=None, key=()):
-    """`hottest` or `above`, whichever is given, or the mask that `control`, a key of CONTROLS, puts in its place.
-
-    heat: [N, H, W] in [0, 1]. Returns bool [N, H, W], empty where the heat is zero everywhere and so says nothing.
+    heat: [N, H, W] in [0, 1]. Returns bool [N, H, W], empty where the heat is zero everywhere and so shows nothing.
     """
-    mask = hottest(heat, area) if threshold is None else above(heat, threshold)
+    mask = hottest(heat, area)
     if len(heat):
         mask = mask & (heat.flatten(1).amax(1) > 0)[:, None, None]
-    return mask if control is None else CONTROLS[control](mask, heat, data.chance(heat.device, "control", *key))
+    return mask if control is None else CONTROLS[control](mask, heat, torch_generator(heat.device, "control", *key))
 
 
-# Controls: (mask bool [N, H, W], heat [N, H, W], generator) -> the mask that is erased instead, of the same area per image.
+# Controls: (mask bool [N, H, W], heat [N, H, W], generator) -> the mask to erase instead, of the same area per image.
 
 
 def moved(mask, heat, generator):
     """Each image's shape at a random place: shifted as a whole, and staying whole.
 
-    Along a side where the shape leaves less than a quarter free, so that it could hardly move, it is shifted around the edge instead.
+    Along a side where the shape leaves less than a quarter free, it is shifted around the edge instead.
     """
     chance = torch.rand(2, len(mask), generator=generator, device=mask.device)
-    down, across = _shift(mask.any(2), chance[0]), _shift(mask.any(1), chance[1])
+    down, across = shifted_from(mask.any(2), chance[0]), shifted_from(mask.any(1), chance[1])
     images = torch.arange(len(mask), device=mask.device)[:, None, None]
     return mask[images, down[:, :, None], across[:, None, :]]
-
-
-def _shift(occupied, chance):
-    """Where each place along a side comes from, int64 [N, S]. occupied: bool [N, S]. chance: [N] in [0, 1)."""
-    size = occupied.shape[1]
-    place = torch.arange(size, device=occupied.device)
-    first = torch.where(occupied, place, size).amin(1)
-    last = torch.where(occupied, place, -1).amax(1)
-    free = size - 1 - (last - first)
-    by = torch.where(free >= size / 4, (chance * (free + 1)).long() - first, (chance * size).long())
-    return (place - by[:, None]) % size
 
 
 def coolest(mask, heat, generator):
@@ -161,44 +273,7 @@ def unmoved(mask, heat, generator):
 CONTROLS = {"random": moved, "coolest": coolest, "label": unmoved}
 
 
-def soften(mask, width):
-    """Mask with edges that fade, float [N, H, W]: blurred by `width` as a share of the side; 0 leaves it bool and sharp."""
-    return blurred(mask.float(), width * mask.shape[-1]) if width else mask
-
-
-def blurred(images, sigma):
-    """Gaussian blur by `sigma` pixels of float [..., H, W]; at the edges over what there is."""
-    kernels = []
-    for side in images.shape[-2:]:
-        place = torch.arange(side, device=images.device, dtype=images.dtype)
-        kernel = torch.exp(-0.5 * ((place[:, None] - place) / sigma) ** 2)
-        kernels.append(kernel / kernel.sum(1, keepdim=True))
-    return kernels[0] @ images @ kernels[1].T
-
-
-# --- what instead: (images [N, 3, H, W], mask bool or float [N, H, W], scene) -> new images ----------------------------
-
-
-class Scene(NamedTuple):
-    """What a fill may look at, besides the N images that it fills and their mask. Images are normalised."""
-
-    heat: torch.Tensor  # [N, H, W] in [0, 1]
-    chosen: torch.Tensor  # bool [N]: the others are there for the shape's sake
-    rows: torch.Tensor  # int64 [N]: where the images stand in the batch
-    batch: torch.Tensor  # [B, 3, H, W]
-    classes: torch.Tensor  # int64 [B]
-    fresh: torch.Tensor  # bool [B]: False for erased copies
-    black: torch.Tensor  # [1, 3, 1, 1]: what black and white are after normalisation
-    white: torch.Tensor
-    weight: float  # of `blend`
-    generator: torch.Generator  # on the images' device
-
-
-def put(images, mask, pixels):
-    """`pixels` where the mask is, and in proportion where it is between 0 and 1; anything that broadcasts to images."""
-    mask = mask[:, None]
-    pixels = pixels.to(images.dtype).expand_as(images)
-    return torch.where(mask, pixels, images) if mask.dtype == torch.bool else torch.lerp(images, pixels, mask.to(images.dtype))
+# --- what instead: (images [N, 3, H, W], mask bool [N, H, W], scene) -> new images ----------------------------
 
 
 def black(images, mask, scene):
@@ -206,27 +281,13 @@ def black(images, mask, scene):
     return put(images, mask, scene.black)
 
 
-def white(images, mask, scene):
-    return put(images, mask, scene.white)
-
-
 def mean(images, mask, scene):
     """The image's own mean colour."""
     return put(images, mask, images.mean((2, 3), keepdim=True))
 
 
-def maximum(images, mask, scene):
-    """The largest value of each of the image's channels."""
-    return put(images, mask, images.amax((2, 3), keepdim=True))
-
-
-def minimum(images, mask, scene):
-    """The smallest value of each of the image's channels."""
-    return put(images, mask, images.amin((2, 3), keepdim=True))
-
-
 def noise(images, mask, scene):
-    """Independent normal values with the mean and spread that normalisation brings images to, cut off at black and white."""
+    """Independent normal values with the mean and spread of normalised images, cut off at black and white."""
     normal = torch.randn(images.shape, generator=scene.generator, device=images.device)
     return put(images, mask, normal.clamp(scene.black, scene.white))
 
@@ -240,8 +301,8 @@ def blur(images, mask, scene):
 
 
 def blend(images, mask, scene):
-    """Pixel values times (1 - weight heat), as the published implementation's "blended"; the mask says where."""
-    return put(images, mask, images - scene.weight * scene.heat[:, None] * (images - scene.black))
+    """Pixel values times 1 - heat, as the published implementation's "blended" with weight 1."""
+    return put(images, mask, images - scene.heat[:, None] * (images - scene.black))
 
 
 def other(images, mask, scene):
@@ -249,133 +310,38 @@ def other(images, mask, scene):
 
     The idea of visual context augmentation (Dvornik et al. 2018), with whatever the other image holds there.
     """
-    donors, given = _of_another_class(scene, scene.classes, scene.fresh)
+    donors, given = of_another_class(scene, scene.classes, scene.fresh)
     return put(images, mask, torch.where(given[:, None, None, None], scene.batch[donors], scene.black))
-
-
-def _of_another_class(scene, classes, may_give):
-    """For each of the N images one of M at random that may give and has another class, int64 [N], and whether there is one, bool [N]."""
-    foreign = (scene.classes[scene.rows][:, None] != classes) & may_give
-    draw = torch.rand(foreign.shape, generator=scene.generator, device=foreign.device)
-    score, donors = torch.where(foreign, draw, -1.0).max(1)
-    return donors, score >= 0
 
 
 def transplant(images, mask, scene):
     """Noise in the image's own hot pixels, and another chosen image's hot pixels pasted in at their own place.
 
-    So the image shows evidence against what the network leans on, under an unchanged label. An image chosen alone only gets the noise.
+    So the image shows evidence against what the network relies on, its label unchanged; one chosen alone, only noise.
     """
     filled = noise(images, mask, scene)
-    count, order = scene.chosen.sum().clamp(min=1), scene.chosen.logical_not().to(torch.uint8).argsort(stable=True)
-    place = scene.chosen.cumsum(0) - 1
-    step = 1 + (torch.rand((), generator=scene.generator, device=images.device) * (count - 1)).long()
-    donors = order[((place + step) % count).clamp(min=0)]
-    itself = donors == torch.arange(len(donors), device=donors.device)
-    pasted = mask[donors] & ~itself[:, None, None] if mask.dtype == torch.bool else mask[donors] * ~itself[:, None, None]
-    return put(filled, pasted, images[donors])
+    donors, given = other_chosen(scene)
+    return put(filled, mask[donors] & given[:, None, None], images[donors])
 
 
 def swap(images, mask, scene):
-    """Another chosen image's pixels, both where the image itself is hot and where the other is; the other is of another class.
+    """Pixels of a chosen image of another class, both where the image itself is hot and where the other is.
 
-    As `transplant`, but whatever is pasted speaks against the label, where with two classes half of what `transplant` pastes repeats a shortcut; and
-    no noise tells these images from others. Noise where no image of another class was chosen.
+    As `transplant`, but all that is pasted speaks against the label, where with two classes half of what `transplant`
+    pastes repeats a shortcut; and no noise marks these images. Noise where no image of another class was chosen.
     """
     if not len(images):
         return images
-    donors, given = _of_another_class(scene, scene.classes[scene.rows], scene.chosen)
-    both = mask | mask[donors] if mask.dtype == torch.bool else torch.maximum(mask, mask[donors])
-    return torch.where(given[:, None, None, None], put(images, both, images[donors]), noise(images, mask, scene))
+    donors, given = of_another_class(scene, scene.classes[scene.rows], scene.chosen)
+    pasted = put(images, mask | mask[donors], images[donors])
+    return torch.where(given[:, None, None, None], pasted, noise(images, mask, scene))
 
 
-FILLS = {"black": black, "white": white, "mean": mean, "max": maximum, "min": minimum, "noise": noise, "blur": blur,
-         "blend": blend, "other": other, "transplant": transplant, "swap": swap}
+FILLS = {"black": black, "mean": mean, "noise": noise, "blur": blur, "blend": blend, "other": other,
+         "transplant": transplant, "swap": swap}
 
 
-def erase(images, mask, fill, scene):
-    """New images with the masked pixels filled; `images` itself is left as it is.
-
-    images: [N, 3, H, W], normalised. mask: bool [N, H, W], or float in [0, 1] as `soften` gives it. fill: a key of FILLS.
-    """
-    return FILLS[fill](images, mask, scene)
-
-
-class Waiting(NamedTuple):
-    """Erased images on their way into a step: images [K, 3, H, W], labels [K] or [K, C], and taken, bool [K]: which are real."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    taken: torch.Tensor
-
-
-def erased_copies(config, explain, images, labels, logits, fresh, rows, chosen, normalisation, key):
-    """Heat, mask and fill for the selected rows of a batch, as a run's settings have them.
-
-    config: the settings explain, area, threshold, control, soften, fill and weight. explain: the entered `cam.CAM` through which
-    logits [B, C] of images [B, 3, H, W] came. labels, fresh: as in `select`, which gave rows and chosen, [N]. normalisation: (mean,
-    std), each [1, 3, 1, 1]. Returns Waiting of N images, heat [N, H, W] and mask bool [N, H, W].
-    """
-    classes, (mean, std) = true_class(labels), normalisation
-    explained, against = cam.EXPLAIN[config["explain"]](logits[rows], classes[rows])
-    heat = cam.upsample(explain(logits, rows, explained, against), images.shape[-2:])
-    mask = pixel_mask(heat, config["area"], config["threshold"], config["control"], key)
-    chosen = chosen & mask.flatten(1).any(1)
-    scene = Scene(heat, chosen, rows, images, classes, fresh, -mean / std, (1 - mean) / std, config["weight"],
-                  data.chance(images.device, "fill", *key))
-    erased = erase(images[rows], soften(mask, config["soften"]), config["fill"], scene)
-    return Waiting(erased, labels[rows], chosen), heat, mask
-
-
-# --- in whose seats ------------------------------------------------------------------------------------------------
-
-
-def seat(images, labels, waiting, budget):
-    """The batch with the waiting images in it.
-
-    budget "equal": each takes the seat of one fresh image, so that the step is the size it would have been without.
-    budget "extra": they ride behind the batch, which grows by their number (and waits for the device to count them).
-    Returns images, labels, and fresh: bool, False for the erased ones.
-    """
-    seats, taken = len(waiting.taken), waiting.taken
-    if budget == "extra":
-        fresh = torch.ones(len(labels) + int(taken.sum()), dtype=torch.bool, device=labels.device)
-        fresh[len(labels):] = False
-        return torch.cat([images, waiting.images[taken]]), torch.cat([labels, waiting.labels[taken]]), fresh
-    last = torch.arange(len(labels) - seats, len(labels), device=labels.device)
-    return replace(images, labels, last, waiting)
-
-
-def join(images, labels, rows, waiting, budget):
-    """The batch with the erased copies of its own images `rows`: in their place (budget "equal") or behind it ("extra")."""
-    return replace(images, labels, rows, waiting) if budget == "equal" else seat(images, labels, waiting, budget)
-
-
-def replace(images, labels, rows, waiting):
-    """The batch with the waiting images in the given rows. Returns images, labels, and fresh: bool, False for the erased ones."""
-    taken = waiting.taken
-    filled = torch.where(taken[:, None, None, None], waiting.images, images[rows])
-    images = images.clone().index_copy_(0, rows, filled)  # in place, since index_copy would not keep channels last
-    labels = labels.index_copy(0, rows, torch.where(taken if labels.dim() == 1 else taken[:, None], waiting.labels, labels[rows]))
-    return images, labels, torch.ones(len(labels), dtype=torch.bool, device=labels.device).index_copy(0, rows, ~taken)
-
-
-def disagreement(said, logits, rows, taken, budget):
-    """Kullback-Leibler divergence of what the network says of erased copies from what it said of their originals, which is not trained on.
-
-    The consistency loss of Xie et al. 2020 (UDA, equation 1), with erasing as the augmentation. said: logits [N, C] of the originals. logits: [B, C] of the
-    batch that `join` gave, with rows and budget as there and taken as in its waiting images. Returns the sum over the copies through B, so
-    that it weighs against a mean cross-entropy as image against image.
-    """
-    if budget == "equal":
-        copies = logits[rows]
-    else:
-        said, copies, taken = said[taken], logits[len(logits) - int(taken.sum()):], taken[taken]
-    divergence = F.kl_div(copies.float().log_softmax(1), said.float().softmax(1), reduction="none").sum(1)
-    return (divergence * taken).sum() / len(logits)
-
-
-# --- when: (epoch counted from 0, argument, validation accuracies of the epochs before) -> bool -------------------------
+# --- when: (epoch counted from 0, argument, validation accuracies of the epochs before) -> bool ----------------------
 
 
 def every(epoch, argument, accuracies):
@@ -404,7 +370,7 @@ PATIENCE = 3  # epochs without a rise that make a plateau, where no number is gi
 
 
 def read_schedule(text):
-    """(key of SCHEDULES, its argument) for "every:K", "after:E", "plateau", "plateau:K" or "20,p,19"; None means after:0.
+    """(key of SCHEDULES, its argument) of "every:K", "after:E", "plateau", "plateau:K" or "20,p,19"; None is after:0.
 
     The argument of "listed" has a bool per epoch. Raises ValueError, saying what is expected.
     """
@@ -420,15 +386,15 @@ def read_schedule(text):
     epochs = []
     for piece in text.lower().split(","):
         if piece.strip() != "p" and not (piece.strip().isdecimal() and int(piece) <= 100_000):
-            raise ValueError(f"{text!r}: expected every:K, after:E, plateau, or epochs and p with commas between, as 20,p,19")
+            raise ValueError(f"{text!r}: expected every:K, after:E, plateau, or epochs and p, as 20,p,19")
         epochs += [True] if piece.strip() == "p" else [False] * int(piece)
     return "listed", epochs
 
 
-def is_on(schedule, epoch, accuracies, warmup=0):
-    """Whether images are erased in this epoch (counted from 0), by a schedule in words; never in the first `warmup`.
+def is_on(schedule, epoch, accuracies):
+    """Whether images are erased in this epoch (counted from 0), by a schedule in words.
 
     accuracies: validation accuracy of each epoch before this one.
     """
     name, argument = read_schedule(schedule)
-    return epoch >= warmup and SCHEDULES[name](epoch, argument, accuracies)
+    return SCHEDULES[name](epoch, argument, accuracies)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this program's files, wherever pytest was started
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, so that each has one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,12 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, so that each 
 
 import eval as evaluation  # noqa: E402
 
-# A run's pictures take longer than the training of most runs here: only tests marked with `pictures` draw them, and real command lines.
+# A run's pictures take longer than the training of most runs here: only tests marked with `pictures` draw them, and
+# real command lines.
 DRAW, evaluation.draw = evaluation.draw, lambda *arguments: None
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "pictures: this test's runs draw their pictures")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; the quick tests are -m 'not slow'")
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +89,10 @@ def trained(tmp_path_factory, request):
     return run_it
 
 
-# Processes that have torch and `train` imported when they start: a few hundredths of a second, where a new Python takes four seconds.
+# Processes that have the libraries imported when they start: tenths of a second, where a new Python takes four seconds.
 quickly = multiprocessing.get_context("forkserver")
-quickly.set_forkserver_preload(["train", "eval", "torch._dynamo"])
+quickly.set_forkserver_preload(["timm", "torchvision.transforms.v2", "sklearn.metrics", "matplotlib.figure",
+                                "scipy.stats", "rich.progress", "torch._dynamo"])
 
 
 def resize_limit(limit):
@@ -100,22 +103,25 @@ def resize_limit(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
-def _train_main(arguments, output, rank, ranks, port, limit, configs):
-    import distributed
+def _train_main(arguments, output, rank, ranks_, port, limit, configs, every_step):
     import torch
-    import run
+
     import train
+    from engine import display, ranks, settings, training
 
     multiprocessing.set_start_method(None, force=True)  # as in a process of its own: its workers end when it is killed
     if configs:
-        run.read_configs.__defaults__ = (configs,)
+        settings.read_configs.__defaults__ = (configs,)
+    if every_step:
+        training.CHECKPOINT_SECONDS = 0
     evaluation.draw = lambda *arguments: None
     with open(output, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    if ranks > 1:  # what torchrun sets, and what was read when these were imported
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-        distributed.RANK, distributed.RANKS, distributed.LOCAL_RANK, train.console.quiet = rank, ranks, rank, rank > 0
+    if ranks_ > 1:  # what torchrun sets, and what was read when these were imported
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                       "WORLD_SIZE": str(ranks_), "LOCAL_RANK": str(rank)}
+        ranks.RANK, ranks.RANKS, ranks.LOCAL_RANK, display.console.quiet = rank, ranks_, rank, rank > 0
         torch.set_num_threads(1)
     if limit:
         resize_limit(limit)
@@ -123,18 +129,20 @@ def _train_main(arguments, output, rank, ranks, port, limit, configs):
 
 
 class TrainProcess:
-    """`train.py` with arguments, in a process of its own, or in several as torchrun has them, whose output goes to files.
+    """`train.py` with arguments, in a process of its own, or in several as under torchrun; its output goes to files.
 
-    limit: of what it may write to one file, in bytes. configs: another configs.json.
+    limit: of what it may write to one file, in bytes. configs: another configs.json. every_step: it writes a checkpoint
+    after each step.
     """
 
-    def __init__(self, arguments, path, ranks=1, limit=None, configs=None):
+    def __init__(self, arguments, path, ranks=1, limit=None, configs=None, every_step=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.paths = [path.with_suffix(f".{rank}.txt") for rank in range(ranks)]
-        self.processes = [quickly.Process(target=_train_main, args=(list(map(str, arguments)), str(p), rank, ranks, port, limit, configs))
-                          for rank, p in enumerate(self.paths)]
+        words = list(map(str, arguments))
+        self.processes = [quickly.Process(target=_train_main, args=(words, str(p), rank, ranks, port, limit, configs,
+                                                                    every_step)) for rank, p in enumerate(self.paths)]
         for process in self.processes:
             process.start()
 

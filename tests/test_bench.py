@@ -3,17 +3,23 @@
 import csv
 
 import pytest
+import torch
 
 import bench
+import cam
+from study import peers
+
+SMALL = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "--rounds", "1", "--images", "16",
+         "--device", "cpu"]
+ROWS = {"cam": 2, "step": 3, "train": 1, "staged": 1}
 
 
-@pytest.mark.parametrize("arguments", [["cam", "--methods", "gradcam", "layercam"], ["step"], ["input"], ["staged"]])
-def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(arguments, tmp_path, capsys):
+@pytest.mark.parametrize("what", ROWS)
+def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(what, tmp_path, capsys):
     kept = tmp_path / "table.csv"
-    small = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "--rounds", "1", "--images", "16", "--device", "cpu"]
-    assert bench.main([*arguments, *small, "--csv", str(kept)]) == 0
+    assert bench.main([what, *SMALL, "--methods", "gradcam", "layercam", "--csv", str(kept)]) == 0
     rows, printed = list(csv.DictReader(kept.open())), capsys.readouterr().out
-    assert len(rows) == {"cam": 2, "step": 3, "input": 1, "staged": 1}[arguments[0]]
+    assert len(rows) == ROWS[what]
     lines = [line.split() for line in printed.splitlines() if line.startswith("test_resnet")]
     for row, line in zip(rows, lines, strict=True):
         assert "batch 4" in row["set"] and "torch" in row["machine"] and row["network"] == line[0] == "test_resnet"
@@ -23,12 +29,45 @@ def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(argu
             number = shown.removesuffix("%")
             if number.replace(".", "").isdecimal():
                 assert float(value) == pytest.approx(float(number) / (100 if "%" in shown else 1), abs=0.06)
-    if arguments[0] == "cam":
+    if what == "cam":
         assert all(float(r["adds"]) / float(r["forward"]) == pytest.approx(float(r["adds/forward"])) for r in rows)
+    if what == "step":
+        assert all(float(r["equal"]) / float(r["plain"]) == pytest.approx(float(r["equal/"])) for r in rows)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "a").write_text("")
-    assert bench.main(["cam", "--models", "test_resnet", "--image-size", "64", "--batch-size", "2", "--rounds", "1", "--methods", "gradcam", "--device", "cpu",
-                       "--csv", str(tmp_path / "a" / "table.csv")]) == 2
+    assert bench.main(["cam", *SMALL, "--methods", "gradcam", "--csv", str(tmp_path / "a" / "table.csv")]) == 2
     assert "table.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["leak"], ["cam", "--colour"], []])
+def test_a_mistake_is_one_line_and_status_2(arguments, capsys):
+    assert bench.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("bench.py: ") and err.count("\n") == 1
+
+
+def test_a_step_is_the_programs_own_with_the_share_that_was_asked_for():
+    options = bench.parse(["step", *SMALL])
+    model, images = bench.network_and_images("test_resnet", options)
+    labels = torch.arange(4)
+    for share, number in ((0.0, 0), (0.25, 1), (1.0, 2)):  # at most half of the seats
+        eraser = bench.eraser_of("equal", cam.CAM(model, "gradcam"), share, images)
+        assert bench.STEPS["equal"](model.train(), images, labels, eraser).fresh.all()
+        assert int(eraser.waiting.taken.sum()) == number
+        assert int((~bench.STEPS["equal"](model, images, labels, eraser).fresh).sum()) == number
+
+
+@pytest.mark.skipif(not peers.installed(), reason="needs the grad-cam library of tests/requirements.txt")
+def test_the_library_explains_the_same_layer_and_finds_the_same_heat():
+    torch.manual_seed(0)
+    options = bench.parse(["cam", *SMALL])
+    model, images = bench.network_and_images("test_resnet", options)
+    classes, explain = torch.tensor([3, 1, 4, 1]), cam.CAM(model, "layercam")
+    theirs = peers.heat_of(model, images, classes, "layercam", explain)()
+    with explain:
+        ours = cam.upsample(explain(model.eval()(images), classes=classes), 64).numpy()
+    assert theirs.shape == ours.shape == (4, 64, 64)
+    assert abs(theirs - ours).max() < 0.01
+    assert peers.heat_of(model, images, classes, "rollout", explain) is None

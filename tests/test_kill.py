@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, in real processes, end as if nobody had touched them: the same bits in all that they leave.
+"""Runs that are killed at any moment, in real processes, end as if nobody had touched them: the same bits in all files.
 
     python -m pytest tests/test_kill.py --kills 200      # the long form
 """
@@ -11,46 +11,56 @@ import numpy as np
 import pytest
 import torch
 
-import run
+from engine import files
+from engine.checkpoint import load_checkpoint
 
-SMALL = ("--epochs", "4", "--batch-size", "32", "--train-fraction", "0.15", "--checkpoint-every", "2", "--workers", "0", "--device", "cpu")
-PART = ("--classes", "1,3,7,8")
+SMALL = ("--epochs", "4", "--batch-size", "32", "--train-fraction", "0.15", "--workers", "0", "--device", "cpu")
 RUNS = {  # name: (its share of the kills, arguments)
-    "online": (6, (*SMALL, "--select", "all", "--augment", "light", "--mixup", "0.2")),
-    "staged": (5, ("--mode", "staged", "--rounds", "2", "--select", "all", "--subset", "0.5", "--fill", "transplant", *SMALL, *PART)),
+    "online": (6, (*SMALL, "--select", "all", "--augment", "light,mixup:0.2")),
+    "staged": (5, ("--mode", "staged", "--rounds", "2", "--select", "all", "--fill", "transplant", *SMALL, "--classes",
+                   "1,3,7,8")),
     "extra": (4, ("--budget", "extra", "--accumulate", "2", "--cam", "gradcam++", "--schedule", "every:2", *SMALL)),
-    "workers": (3, ("--dataset", "folder", "--model", "test_resnet", "--no-pretrained", "--cache", "off", "--select", "all",
-                    "--image-size", "32", "--batch-size", "8", "--epochs", "3", "--checkpoint-every", "1", "--workers", "2", "--device", "cpu")),
+    "workers": (3, ("--dataset", "folder", "--model", "test_resnet", "--no-pretrained", "--cache", "off", "--select",
+                    "all", "--image-size", "32", "--batch-size", "8", "--epochs", "3", "--workers", "2", "--device",
+                    "cpu")),
     "ranks": (2, (*SMALL, "--select", "all")),
 }
-TIMES = {"train_seconds", "cam_seconds", "eval_seconds", "images_per_second", "peak_host_mb", "held_mb", "energy_wh", "seconds", "left_mb",
-         "peak_gpu_allocated_mb", "peak_gpu_reserved_mb"}
+TIMES = {"train_seconds", "cam_seconds", "eval_seconds", "images_per_second", "peak_host_mb", "held_mb", "energy_wh",
+         "seconds", "left_mb", "peak_gpu_allocated_mb", "peak_gpu_reserved_mb"}
+
+
+def without_times(line):
+    return {key: value for key, value in line.items() if key not in TIMES}
+
+
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def left_by(folder):
     """All that a run leaves, but for times and memory, as {name: hash or value}."""
     found = {}
     for name in ("last.pt", "best.pt"):
-        state = run.load_checkpoint(folder / name)
+        state = load_checkpoint(folder / name)
         state.pop("made_with", None)
         found[name] = repr(hashed(state))
     for name in ("log.jsonl", "stages.jsonl"):
-        found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in run.read_lines(folder / name)]
+        found[name] = [without_times(line) for line in files.read_lines(folder / name)]
     with np.load(folder / "predictions.npz") as file:
-        found["predictions.npz"] = {key: hashlib.sha256(file[key].tobytes()).hexdigest() for key in file.files if key != "seconds"}
-    metrics = run.read_json(folder / "metrics.json")
-    found["metrics.json"] = metrics | {"cost": {key: value for key, value in metrics["cost"].items() if key not in TIMES}}
+        found["predictions.npz"] = {key: hash_of(file[key].tobytes()) for key in file.files if key != "seconds"}
+    metrics = files.read_json(folder / "metrics.json")
+    found["metrics.json"] = metrics | {"cost": without_times(metrics["cost"])}
     found["split.json"] = (folder / "split.json").read_bytes()
     for path in sorted((folder / "erased").rglob("*")):
         if path.is_file():
-            found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[str(path.relative_to(folder))] = hash_of(path.read_bytes())
     return found
 
 
 def hashed(value):
     """Nested state with each tensor as the hash of its bytes."""
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        return str(value.dtype), tuple(value.shape), hash_of(value.contiguous().numpy().tobytes())
     if isinstance(value, dict):
         return {key: hashed(v) for key, v in value.items()}
     return [hashed(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -67,7 +77,7 @@ def next_arguments(folder, first):
 
 
 def kill_within(process, folder, moment, seconds):
-    """SIGKILL after so many seconds, or in the middle of a checkpoint's being written. Whether it was still running."""
+    """SIGKILL after so many seconds, or while a checkpoint is being written. Whether it was still running."""
     end = time.monotonic() + seconds
     while process.is_alive() and time.monotonic() < end:
         if moment == "write" and any(folder.glob(".last.pt.*.tmp")):
@@ -78,25 +88,27 @@ def kill_within(process, folder, moment, seconds):
     return alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_killed_at_random_moments_leaves_the_same_bits(kind, asl, tmp_path, train_process, request):
-    kills, draw = max(1, round(request.config.getoption("kills") * RUNS[kind][0] / 20)), random.Random(kind)
-    first, folder = arguments_of(kind, tmp_path / "killed", asl), tmp_path / "killed" / "run"
-    ranks = 2 if kind == "ranks" else 1
+    kills = max(1, round(request.config.getoption("kills") * RUNS[kind][0] / 20))
+    first, folder, draw = arguments_of(kind, tmp_path / "killed", asl), tmp_path / "killed" / "run", random.Random(kind)
+    options = {"ranks": 2 if kind == "ranks" else 1, "every_step": True}
     train_process(["--dry-run"]).wait()  # torch is imported once
     start = time.monotonic()
-    assert train_process(arguments_of(kind, tmp_path / "alone", asl), ranks=ranks).wait() == 0
-    whole, done, writes = time.monotonic() - start, 0, 0
+    assert train_process(arguments_of(kind, tmp_path / "alone", asl), **options).wait() == 0
+    duration, done, writes = time.monotonic() - start, 0, 0
     while done < kills:
-        process = train_process(next_arguments(folder, first), ranks=ranks)
+        process = train_process(next_arguments(folder, first), **options)
         moment = "write" if done % 3 == 1 else "any"
-        if kill_within(process, folder, moment, draw.uniform(0.05, 0.9) * whole if moment == "any" else 2 * whole):
+        seconds = draw.uniform(0.05, 0.9) * duration if moment == "any" else 2 * duration
+        if kill_within(process, folder, moment, seconds):
             done, writes = done + 1, writes + any(folder.glob(".last.pt.*.tmp"))
         else:  # it had ended before: begin anew
             assert process.wait() == 0, process.output()
             assert left_by(folder) == left_by(tmp_path / "alone" / "run")
             folder.rename(folder.with_name(f"ended-{done}-{time.monotonic_ns()}"))
-    process = train_process(next_arguments(folder, first), ranks=ranks)
+    process = train_process(next_arguments(folder, first), **options)
     assert process.wait() == 0, process.output()
     assert writes or kills < 2, "no kill met a checkpoint being written"
     assert left_by(folder) == left_by(tmp_path / "alone" / "run")

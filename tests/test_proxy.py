@@ -1,14 +1,15 @@
-"""proxy.py: which images, which pixels, what instead, in whose seats, and when."""
+"""proxy.py: which images, which pixels, what instead, and when."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import entropy
+from test_data import load
 
 import cam
-import data
 import proxy
-import run
+from engine import network, settings
+from engine.chance import torch_generator
+from engine.loader import Batches, prepare
 
 LABELS = torch.tensor([0, 1, 0, 1, 0])
 LOGITS = F.one_hot(torch.tensor([0, 0, 1, 1, 1]), 2).float()  # rows 1, 2 and 4 are misled
@@ -58,16 +59,9 @@ def test_all_takes_every_fresh_image_in_random_order():
     assert len({picked(1, "all", key=(k,))[0] for k in range(60)}) == 5
 
 
-def test_subset_takes_that_share_on_average_and_of_a_ranking_the_first():
-    assert picked(5, "loss", logits=GRADED, subset=0.4) == picked(5, "loss", logits=GRADED)[:2]
-    counts = [len(picked(5, "misled", key=(k,), subset=0.2)) for k in range(2000)]  # 0.6 of an image
-    assert set(counts) == {0, 1} and sum(counts) / 2000 == pytest.approx(0.6, abs=0.05)
-
-
 def test_control_label_erases_as_many_images_but_any():
     for key in range(100):
-        for options in ({}, {"subset": 0.5}):
-            assert len(picked(5, key=(key,), control="label", **options)) == len(picked(5, key=(key,), **options))
+        assert len(picked(5, key=(key,), control="label")) == len(picked(5, key=(key,)))
     assert {row for key in range(100) for row in picked(5, key=(key,), control="label")} == {0, 1, 2, 3, 4}
     fresh = torch.tensor([True, False, True, True, True])
     assert all(1 not in picked(5, key=(key,), control="label", fresh=fresh) for key in range(50))
@@ -92,21 +86,19 @@ def test_the_masks_area_is_the_one_asked_for_and_its_pixels_are_the_hottest():
             assert pixels.all() or image[pixels].min() >= image[~pixels].max()
 
 
-def test_the_threshold_keeps_what_is_at_least_that_hot():
-    heat = torch.tensor([[[0.0, 0.5], [0.7, 1.0]]])
-    assert proxy.pixel_mask(heat, threshold=0.7).tolist() == [[[False, False], [True, True]]]
-
-
-@pytest.mark.parametrize("control", [None, *proxy.CONTROLS])
-def test_where_the_heat_says_nothing_nothing_is_erased(control):
-    assert not proxy.pixel_mask(torch.zeros(2, 8, 8), 0.3, None, control, KEY).any()
-    assert not proxy.pixel_mask(torch.zeros(2, 8, 8), None, 0.0, control, KEY).any()
-    assert proxy.pixel_mask(torch.zeros(0, 8, 8), 0.3, None, control, KEY).shape == (0, 8, 8)
-
-
 def blobs(count=40, size=32):
     """Heat as a CAM of a 4 x 4 grid gives it, with large parts at zero."""
     return cam.upsample(torch.randn(count, 4, 4, generator=torch.Generator().manual_seed(0)).relu(), size)
+
+
+@pytest.mark.parametrize("control", [None, *proxy.CONTROLS])
+def test_where_the_heat_is_zero_nothing_is_erased(control):
+    assert not proxy.pixel_mask(torch.zeros(2, 8, 8), 0.3, control, KEY).any()
+    assert proxy.pixel_mask(torch.zeros(0, 8, 8), 0.3, control, KEY).shape == (0, 8, 8)
+    heat = blobs(6)
+    heat[[0, 4]] = 0
+    areas = proxy.pixel_mask(heat, 0.1, control, KEY).sum((1, 2)).tolist()
+    assert areas == [0, 102, 102, 102, 0, 102]
 
 
 def outline(mask):
@@ -118,7 +110,7 @@ def outline(mask):
 def test_control_random_keeps_the_shape_and_moves_it_anywhere():
     heat = blobs()
     moved = 0
-    for plain, control in zip(proxy.pixel_mask(heat, 0.05), proxy.pixel_mask(heat, 0.05, None, "random", KEY)):
+    for plain, control in zip(proxy.pixel_mask(heat, 0.05), proxy.pixel_mask(heat, 0.05, "random", KEY)):
         assert control.sum() == plain.sum()
         if max(len(outline(plain)), len(outline(plain)[0])) <= 24:  # it has room
             assert outline(control) == outline(plain)
@@ -126,32 +118,26 @@ def test_control_random_keeps_the_shape_and_moves_it_anywhere():
     assert moved > 20
     one = torch.zeros(3000, 9, 9, dtype=torch.bool)
     one[:, 3:5, 6] = True
-    places = proxy.moved(one, None, data.chance("cpu", 1)).float().mean(0)
-    assert places[0].mul(72).allclose(torch.ones(9), atol=0.5)  # the 8 x 9 places are equally likely: at the rim one covers a pixel,
+    places = proxy.moved(one, None, torch_generator("cpu", 1)).float().mean(0)  # 8 x 9 of them, equally likely
+    assert places[0].mul(72).allclose(torch.ones(9), atol=0.5)  # at the rim one of them covers a pixel
     assert places[4].mul(72).allclose(torch.full((9,), 2.0), atol=0.7)  # inside two do
 
 
 def test_control_random_shifts_around_the_edge_what_has_no_room():
     mask = torch.rand(20, 16, 16) < 0.3
-    control = proxy.moved(mask, None, data.chance("cpu", 2))
+    control = proxy.moved(mask, None, torch_generator("cpu", 2))
     for plain, found in zip(mask, control):
-        assert any(torch.equal(plain.roll((down, across), (0, 1)), found) for down in range(16) for across in range(16))
+        shifts = [(down, across) for down in range(16) for across in range(16)]
+        assert any(torch.equal(plain.roll(shift, (0, 1)), found) for shift in shifts)
 
 
 @pytest.mark.parametrize("area", [0.05, 0.1, 0.3, 0.5])
 def test_control_coolest_takes_the_least_active_pixels_and_none_of_the_plain_mask(area):
     heat = blobs()
-    plain, control = proxy.pixel_mask(heat, area), proxy.pixel_mask(heat, area, None, "coolest", KEY)
+    plain, control = proxy.pixel_mask(heat, area), proxy.pixel_mask(heat, area, "coolest", KEY)
     assert torch.equal(control.sum((1, 2)), plain.sum((1, 2))) and not (plain & control).any()
     for image, pixels in zip(heat, control):
         assert image[pixels].max() <= image[~pixels].min() + 1e-5
-
-
-def test_control_coolest_takes_as_many_as_a_threshold_would():
-    heat = blobs()
-    plain, control = proxy.pixel_mask(heat, None, 0.6), proxy.pixel_mask(heat, None, 0.6, "coolest", KEY)
-    assert torch.equal(control.sum((1, 2)), plain.sum((1, 2))) and len(set(plain.sum((1, 2)).tolist())) > 5
-    assert not (plain & control).any()
 
 
 def test_coolest_pixels_lie_together_where_many_are_equally_cool():
@@ -159,25 +145,8 @@ def test_coolest_pixels_lie_together_where_many_are_equally_cool():
         return (mask[:, 1:] != mask[:, :-1]).sum() + (mask[:, :, 1:] != mask[:, :, :-1]).sum()
 
     heat = blobs()
-    control = proxy.pixel_mask(heat, 0.1, None, "coolest", KEY)
+    control = proxy.pixel_mask(heat, 0.1, "coolest", KEY)
     assert edges(control) < 2 * edges(proxy.pixel_mask(heat, 0.1)) < edges(torch.rand(40, 32, 32) < 0.1)
-
-
-def test_soft_edges_fade_and_keep_the_area():
-    mask = torch.zeros(1, 40, 40, dtype=torch.bool)
-    mask[:, 15:25, 12:20] = True
-    soft = proxy.soften(mask, 0.05)
-    assert soft.mean().item() == pytest.approx(mask.float().mean().item(), rel=0.01)
-    assert soft.max() > 0.8 and 0.3 < soft[0, 20, 12] < 0.7 and soft[0, 0, 0] < 1e-4
-    assert torch.equal(proxy.soften(mask, 0), mask)
-
-
-def test_the_blur_is_torchvisions():
-    from torchvision.transforms.v2.functional import gaussian_blur
-
-    images = torch.rand(2, 3, 40, 40)
-    found = proxy.blurred(images, 2.0)[..., 10:30, 10:30]  # they differ in what they take to lie beyond the edge
-    assert torch.allclose(found, gaussian_blur(images, [21, 21], [2.0, 2.0])[..., 10:30, 10:30], atol=1e-4)
 
 
 # --- what instead
@@ -186,11 +155,11 @@ def test_the_blur_is_torchvisions():
 def scene_of(images, count=None, **changes):
     """A batch of images of alternating classes, the first `count` of them erased."""
     count = len(images) if count is None else count
-    given = {"heat": torch.rand(count, *images.shape[2:], generator=data.chance("cpu", "heat")), "chosen": torch.ones(count, dtype=torch.bool),
-             "rows": torch.arange(count), "batch": images, "classes": torch.arange(len(images)) % 2,
-             "fresh": torch.ones(len(images), dtype=torch.bool), "black": -MEAN / STD, "white": (1 - MEAN) / STD, "weight": 0.7,
-             "generator": data.chance("cpu", "test")}
-    return proxy.Scene(**{**given, **changes})
+    heat = torch.rand(count, *images.shape[2:], generator=torch_generator("cpu", "heat"))
+    scene = proxy.Scene(heat, torch.ones(count, dtype=torch.bool), torch.arange(count), images,
+                        torch.arange(len(images)) % 2, torch.ones(len(images), dtype=torch.bool), -MEAN / STD,
+                        (1 - MEAN) / STD, torch_generator("cpu", "test"))
+    return scene._replace(**changes)
 
 
 @pytest.fixture
@@ -205,12 +174,12 @@ def mask():
 
 
 def filled(images, mask, fill, **changes):
-    return proxy.erase(images, mask, fill, scene_of(images, **changes))
+    return proxy.FILLS[fill](images, mask, scene_of(images, **changes))
 
 
 def none_filled(images, mask, fill, **changes):
     """The shape that comes out where no image of the batch is to be filled."""
-    return proxy.erase(images[:0], mask[:0], fill, scene_of(images, 0, **changes)).shape
+    return proxy.FILLS[fill](images[:0], mask[:0], scene_of(images, 0, **changes)).shape
 
 
 def outside(images, mask):
@@ -232,16 +201,14 @@ def test_a_fill_changes_the_masked_pixels_of_new_images_and_no_others(fill, imag
     assert none_filled(images, mask, fill) == (0, 3, 24, 24)
 
 
-@pytest.mark.parametrize("fill, value", [("black", 0.0), ("white", 1.0)])
-def test_black_is_black_and_white_is_white(fill, value, images, mask):
-    pixels = filled(images, mask, fill) * STD + MEAN
-    assert inside(pixels, mask).sub(value).abs().max() < 1e-6
+def test_black_is_black(images, mask):
+    pixels = filled(images, mask, "black") * STD + MEAN
+    assert inside(pixels, mask).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("fill, statistic", [("mean", torch.mean), ("max", torch.amax), ("min", torch.amin)])
-def test_mean_max_and_min_are_the_images_own_channel_by_channel(fill, statistic, images, mask):
-    for image, erased, pixels in zip(images, filled(images, mask, fill), mask):
-        assert torch.allclose(erased[:, pixels], statistic(image, dim=(1, 2))[:, None].expand(3, int(pixels.sum())))
+def test_mean_is_the_images_own_channel_by_channel(images, mask):
+    for image, erased, pixels in zip(images, filled(images, mask, "mean"), mask):
+        assert torch.allclose(erased[:, pixels], image.mean((1, 2))[:, None].expand(3, int(pixels.sum())))
 
 
 def test_noise_has_the_datas_mean_and_spread_and_stays_between_black_and_white():
@@ -261,19 +228,19 @@ def test_blur_takes_the_shapes_and_leaves_the_colours():
     assert blurred.std() < 0.1 * stripes.std() and blurred.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_blend_multiplies_pixel_values_by_one_minus_weight_times_heat(images, mask):
+def test_blend_multiplies_pixel_values_by_one_minus_the_heat(images, mask):
     heat = blobs(6, 24)
-    pixels = filled(images, mask, "blend", heat=heat, weight=0.7) * STD + MEAN
-    expected = (images * STD + MEAN) * (1 - 0.7 * heat[:, None])
+    pixels = filled(images, mask, "blend", heat=heat) * STD + MEAN
+    expected = (images * STD + MEAN) * (1 - heat[:, None])
     assert torch.allclose(inside(pixels, mask), inside(expected, mask), atol=1e-5)
-    assert torch.equal(filled(images, mask, "blend", heat=heat, weight=0.0), images)
+    assert torch.equal(filled(images, mask, "blend", heat=torch.zeros(6, 24, 24)), images)
 
 
 def test_other_takes_the_same_place_of_a_fresh_image_of_another_class(images, mask):
     fresh = torch.tensor([True, True, True, False, True, True])
     seen = set()
     for key in range(40):
-        erased = filled(images, mask, "other", fresh=fresh, generator=data.chance("cpu", key))
+        erased = filled(images, mask, "other", fresh=fresh, generator=torch_generator("cpu", key))
         for i, pixels in enumerate(mask):
             donors = [j for j in range(6) if torch.equal(erased[i][:, pixels], images[j][:, pixels])]
             assert len(donors) == 1 and donors[0] % 2 != i % 2 and donors[0] != 3
@@ -287,8 +254,7 @@ def test_transplant_makes_noise_of_the_own_hot_pixels_and_pastes_anothers_at_the
     chosen = torch.tensor([True, False, True, True, False, True])
     seen = set()
     for key in range(40):
-        change = {"chosen": chosen, "generator": data.chance("cpu", key)}
-        noise, erased = (filled(images, mask, fill, **change | {"generator": data.chance("cpu", key)})
+        noise, erased = (filled(images, mask, fill, chosen=chosen, generator=torch_generator("cpu", key))
                          for fill in ("noise", "transplant"))
         for i in chosen.nonzero()[:, 0].tolist():
             donors = [j for j in range(6) if j != i and torch.equal(erased[i][:, mask[j]], images[j][:, mask[j]])]
@@ -304,43 +270,40 @@ def test_transplant_makes_noise_of_the_own_hot_pixels_and_pastes_anothers_at_the
 
 
 def test_swap_takes_own_and_the_others_hot_pixels_from_one_chosen_image_of_another_class(images, mask):
-    chosen, classes, seen = torch.tensor([True, False, True, True, False, True]), torch.tensor([0, 1, 0, 1, 2, 1]), set()
+    chosen, classes = torch.tensor([True, False, True, True, False, True]), torch.tensor([0, 1, 0, 1, 2, 1])
+    seen = set()
     for key in range(40):
-        erased = filled(images, mask, "swap", chosen=chosen, classes=classes, generator=data.chance("cpu", key))
+        generator = torch_generator("cpu", key)
+        erased = filled(images, mask, "swap", chosen=chosen, classes=classes, generator=generator)
         for i in chosen.nonzero()[:, 0].tolist():
-            donors = [j for j in range(6) if torch.equal(erased[i], torch.where(mask[i] | mask[j], images[j], images[i]))]
+            swapped = [torch.where(mask[i] | mask[j], images[j], images[i]) for j in range(6)]
+            donors = [j for j in range(6) if torch.equal(erased[i], swapped[j])]
             assert len(donors) == 1 and chosen[donors[0]] and classes[donors[0]] != classes[i]
             seen.add((i, donors[0]))
     assert seen == {(0, 3), (0, 5), (2, 3), (2, 5), (3, 0), (3, 2), (5, 0), (5, 2)}
-    alike = {fill: filled(images, mask, fill, classes=torch.zeros(6, dtype=torch.long)) for fill in ("noise", "swap")}
-    assert torch.equal(outside(alike["swap"], mask), outside(images, mask)) and (inside(alike["swap"], mask) != inside(images, mask)).any(1).float().mean() > 0.95
+    alike = filled(images, mask, "swap", classes=torch.zeros(6, dtype=torch.long))
+    assert torch.equal(outside(alike, mask), outside(images, mask))
+    assert (inside(alike, mask) != inside(images, mask)).any(1).float().mean() > 0.95
     assert none_filled(images, mask, "swap") == (0, 3, 24, 24)
-
-
-@pytest.mark.parametrize("fill", list(proxy.FILLS))
-def test_a_soft_mask_mixes_in_proportion(fill, images, mask):
-    hard = filled(images, mask, fill)
-    assert torch.allclose(filled(images, mask.float(), fill), hard, atol=1e-6)
-    half = filled(images, 0.5 * mask.float(), fill)
-    if fill not in ("transplant", "swap"):  # there two masks lie on top of each other
-        assert torch.allclose(half, (images + hard) / 2, atol=1e-6)
 
 
 # --- a control differs from the run it controls in one thing
 
 
-def copies_of(control, fill="noise", select="misled", area=0.1, **more):
+def copies_of(control):
     """What one step of digits erases, through the program's own path. Returns rows, chosen, copies, heat and mask."""
-    config = run.resolve(run.read_configs(), {"fill": fill, "select": select, "area": area, "control": control, **more})
+    config = settings.resolve(settings.read_configs(), {"fill": "noise", "control": control})
     torch.manual_seed(0)
-    model, _ = run.build_network(config, 10)
-    dataset = data.load_dataset("digits", config["dataset_entry"], None)
-    pixels, labels = next(iter(data.Batches(dataset, dataset.ids[:64], 32, 64, torch.device("cpu"))))
-    images, fresh = data.prepare(pixels, MEAN, STD), torch.ones(64, dtype=torch.bool)
+    model, _ = network.build_network(config, 10)
+    dataset = load("digits", None)
+    pixels, labels = next(iter(Batches(dataset, dataset.ids[:64], 32, 64, torch.device("cpu"))))
+    images, fresh = prepare(pixels, MEAN, STD), torch.ones(64, dtype=torch.bool)
     with cam.CAM(model, config["cam"]) as explain:
+        p = proxy.Proxy(config, explain, (MEAN, STD), seats=24)
+        p.key = KEY
         logits = model(images)
-        rows, chosen = proxy.select(config["select"], logits, labels, fresh, 24, KEY, config["subset"], control)
-        return rows, chosen, *proxy.erased_copies(config, explain, images, labels, logits, fresh, rows, chosen, (MEAN, STD), KEY)
+        rows, chosen = p.select(logits, labels, fresh)
+        return rows, chosen, *p.erased(images, labels, fresh, logits, rows, chosen)
 
 
 @pytest.mark.parametrize("control", ["random", "coolest"])
@@ -363,79 +326,16 @@ def test_control_label_keeps_count_area_and_the_right_pixels_of_the_images_it_dr
     assert torch.equal(mask.sum((1, 2))[copies.taken], mask2.sum((1, 2))[copies2.taken])
 
 
-# --- in whose seats
-
-
-def waiting(taken, labels=(7, 8, 9)):
-    return proxy.Waiting(-torch.ones(3, 3, 2, 2), torch.tensor(labels), torch.tensor(taken))
-
-
-def test_budget_equal_gives_erased_images_seats_of_fresh_ones():
-    images, labels, fresh = proxy.seat(torch.ones(5, 3, 2, 2), LABELS, waiting([True, False, True]), "equal")
-    assert labels.tolist() == [0, 1, 7, 1, 9]
-    assert fresh.tolist() == [True, True, False, True, False]
-    assert images[:, 0, 0, 0].tolist() == [1, 1, -1, 1, -1]
-
-
-def test_budget_extra_lets_them_ride_behind():
-    images, labels, fresh = proxy.seat(torch.ones(5, 3, 2, 2), LABELS, waiting([True, False, True]), "extra")
-    assert labels.tolist() == [0, 1, 0, 1, 0, 7, 9]
-    assert fresh.tolist() == [True] * 5 + [False] * 2
-    assert images[:, 0, 0, 0].tolist() == [1] * 5 + [-1] * 2
-
-
-def test_in_the_same_step_copies_take_the_place_of_their_originals_or_ride_behind():
-    rows, copies = torch.tensor([3, 0, 1]), waiting([True, False, True])
-    images, labels, fresh = proxy.join(torch.ones(5, 3, 2, 2), LABELS, rows, copies, "equal")
-    assert labels.tolist() == [0, 9, 0, 7, 0] and fresh.tolist() == [True, False, True, False, True]
-    assert images[:, 0, 0, 0].tolist() == [1, -1, 1, -1, 1]
-    images, labels, fresh = proxy.join(torch.ones(5, 3, 2, 2), LABELS, rows, copies, "extra")
-    assert labels.tolist() == [0, 1, 0, 1, 0, 7, 9] and fresh.tolist() == [True] * 5 + [False] * 2
-
-
-@pytest.mark.parametrize("budget", ["equal", "extra"])
-def test_seats_leave_images_channels_last(budget):
-    images = torch.randn(8, 3, 6, 6).contiguous(memory_format=torch.channels_last)
-    waiting = proxy.Waiting(images[:4].clone(), torch.zeros(4, dtype=torch.long), torch.arange(4) % 2 == 0)
-    seated, *_ = proxy.seat(images, torch.zeros(8, dtype=torch.long), waiting, budget)
-    assert seated.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("budget", ["equal", "extra"])
-def test_disagreement_is_the_divergence_from_what_was_said_of_the_originals(budget):
-    generator = torch.Generator().manual_seed(0)
-    said, rows, taken = torch.randn(3, 4, generator=generator), torch.tensor([5, 0, 2]), torch.tensor([True, False, True])
-    images, copies = torch.randn(6, 3, 2, 2, generator=generator), torch.randn(3, 3, 2, 2, generator=generator)
-    waiting = proxy.Waiting(copies, torch.tensor([1, 2, 3]), taken)
-    batch, _, fresh = proxy.join(images, torch.zeros(6, dtype=torch.long), rows, waiting, budget)
-    logits = batch.flatten(1)[:, :4] * 3  # a network that an image can be told by
-    found = proxy.disagreement(said, logits, rows, taken, budget)
-    expected = [entropy(said[i].softmax(0), (copies[i].flatten()[:4] * 3).softmax(0)) for i in (0, 2)]
-    assert found.item() == pytest.approx(sum(expected) / len(batch), rel=1e-5)
-
-
-def test_an_area_grows_in_equal_steps_from_the_first_epoch_that_erases():
-    assert [proxy.grown(0.3, 3, epoch) for epoch in range(-2, 5)] == pytest.approx([0.3, 0.3, 0.1, 0.2, 0.3, 0.3, 0.3])
-    assert {proxy.grown(0.3, 0, epoch) for epoch in range(-2, 5)} == {0.3} and proxy.grown(None, 0, -1) is None
-
-
-def test_mixed_labels_take_their_seats_too():
-    shares = torch.eye(2)[LABELS]
-    _, labels, _ = proxy.seat(torch.ones(5, 3, 2, 2), shares, waiting([True, False, True], [[0.3, 0.7]] * 3), "equal")
-    assert labels.tolist() == [[1, 0], [0, 1], [pytest.approx(0.3), pytest.approx(0.7)], [0, 1], [pytest.approx(0.3), pytest.approx(0.7)]]
-
-
 # --- when
 
 
-def on(schedule, epochs, accuracies=None, warmup=0):
+def on(schedule, epochs, accuracies=None):
     accuracies = [0.0] * epochs if accuracies is None else accuracies
-    return "".join(".X"[proxy.is_on(schedule, epoch, accuracies[:epoch], warmup)] for epoch in range(epochs))
+    return "".join(".X"[proxy.is_on(schedule, epoch, accuracies[:epoch])] for epoch in range(epochs))
 
 
-def test_schedules_say_in_which_epochs_images_are_erased():
+def test_schedules_give_the_epochs_in_which_images_are_erased():
     assert on(None, 4) == "XXXX"
-    assert on(None, 4, warmup=2) == "..XX"
     assert on("every:3", 7) == "..X..X."
     assert on("after:2", 4) == "..XX"
     assert on("2,p,1,p", 5) == "..X.X"
@@ -450,7 +350,8 @@ def test_plateau_switches_on_when_validation_accuracy_stops_rising_and_stays_on(
     assert on("plateau:2", 6, [0.1, 0.5, 0.5, 0.4, 0.5, 0.9]) == "....XX"
 
 
-@pytest.mark.parametrize("text", ["every:0", "every", "every:x", "after:-1", "plateau:0", "20,q,19", "20;p", "", "p:3", "1.5,p"])
-def test_a_schedule_that_says_nothing_is_refused(text):
+@pytest.mark.parametrize("text", ["every:0", "every", "every:x", "after:-1", "plateau:0", "20,q,19", "20;p", "", "p:3",
+                                  "1.5,p"])
+def test_a_schedule_that_cannot_be_read_is_refused(text):
     with pytest.raises(ValueError, match="expected"):
         proxy.read_schedule(text)

@@ -1,4 +1,4 @@
-"""report.py: what it says against compare.py, what it escapes, and the page opened in a browser."""
+"""report.py: its tables against study/comparison.py, what it escapes, and the page opened in a browser."""
 
 import copy
 import csv
@@ -17,18 +17,19 @@ import pytest
 import torch
 from conftest import draw_classes
 from PIL import Image
-from test_compare import simulated
+from test_comparison import simulated
 
-import compare
-import eval as evaluation
-import experiment
 import report
-import run
 import train
+from engine import experiment, files, settings
+from study import arms as study_arms
+from study import comparison, explain, figures
 
 SCRIPT, DOLLARS, ARM = "<script>alert(1)</script>", "$x_1$ & 100%", "gradcam++ <img src=http://example.com/x.png>"
-ARMS = {"none": {"cam": "none", "image_size": 32}, ARM: {"cam": "gradcam++", "select": "all", "image_size": 32}, "vit": {"model": "test_vit", "cam": "none", "image_size": 64},
-        "square": {"cam": "none", "decoy": True, "image_size": 32}, "square, all": {"select": "all", "decoy": True, "image_size": 32}}
+ARMS = {"none": {"cam": "none", "image_size": 32}, ARM: {"cam": "gradcam++", "select": "all", "image_size": 32},
+        "vit": {"model": "test_vit", "cam": "none", "image_size": 64},
+        "square": {"cam": "none", "decoy": True, "image_size": 32},
+        "square, all": {"select": "all", "decoy": True, "image_size": 32}}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -40,20 +41,23 @@ def written(tmp_path_factory):
     with open(out / "data" / "labels.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["file", "kind", "ground"])
-        rows.writerows([f"{c}/{c}{i}.jpg", SCRIPT if c == "A" else DOLLARS, ("land", "water")[i % 2]] for c in "AB" for i in range(1, 17))
-    configs = copy.deepcopy(run.read_configs())
-    configs["datasets"]["marked"] = configs["datasets"]["folder"] | {
-        "layout": "csv", "csv": {"file": "labels.csv", "path": "file", "label": "kind", "group": "ground"}, "path": str(out / "data")}
+        rows.writerows([f"{c}/{c}{i}.jpg", kind, ("land", "water")[i % 2]]
+                       for c, kind in (("A", SCRIPT), ("B", DOLLARS)) for i in range(1, 17))
+    configs = copy.deepcopy(settings.read_configs())
+    columns = {"file": "labels.csv", "path": "file", "label": "kind", "group": "ground"}
+    configs["datasets"]["marked"] = configs["datasets"]["folder"] | {"layout": "csv", "csv": columns,
+                                                                     "path": str(out / "data")}
     configs["experiments"] = {"tiny": {"help": "Is <b>this</b> text?", "arms": ARMS, "seeds": [0, 1], "settings": {
         "dataset": "marked", "model": "test_resnet", "pretrained": False, "epochs": 2, "batch_size": 8}}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "read_configs", lambda *arguments: configs)
-        patch.setattr("eval.EXPLAINED", 6)
+        patch.setattr(settings, "read_configs", lambda *arguments: configs)
+        patch.setattr(explain, "EXPLAINED", 6)
         for cell in experiment.cells(configs, "tiny", {"out": str(out / "runs")}):
             assert train.main(experiment.command(cell)[2:]) == 0
-        assert evaluation.main([*(str(out / "runs" / "tiny" / f"square-s{seed}") for seed in (0, 1)), "--where", "--cam", "gradcam"]) == 0
+        squares = [str(out / "runs" / "tiny" / f"square-s{seed}") for seed in (0, 1)]
+        assert explain.main([*squares, "--where", "--cam", "gradcam"]) == 0
         assert report.main(["--experiment", "tiny", "--out", str(out / "runs")]) == 0
-        arms, _ = compare.arms_of_experiment(configs, "tiny", {"out": str(out / "runs")})
+        arms, _ = study_arms.arms_of_experiment("tiny", {"out": str(out / "runs")})
     return out / "runs" / "tiny" / "report", arms
 
 
@@ -67,51 +71,71 @@ def test_the_report_says_what_the_comparison_found(written):
     rows = {row["arm"]: row for row in rows_of(folder, "augmentation")}
     assert list(rows) == ["none", ARM, "vit", "square", "square, all"]
     for arm, baseline in ((ARM, "none"), ("square, all", "square")):
-        theirs = compare.compare({name: arms[name] for name in (baseline, arm)}, baseline)[1]
+        theirs = comparison.compare({name: arms[name] for name in (baseline, arm)}, baseline)[1]
         assert rows[arm]["against"] == baseline and rows[arm]["difference"] == f"{100 * theirs['difference']:+.2f}"
         assert rows[arm]["in words"] == theirs["says"] and rows[arm]["p"] == f"{theirs['p']:.3f}"
     assert rows["vit"]["against"] == "vit" and rows["vit"]["difference"] == "–"
-    told = {row["arm"]: row for row in rows_of(folder, "shortcut")}
-    assert told["square"]["clean test"] == f"{100 * np.mean([r.correct('clean_test').mean() for r in arms['square'].values()]):.2f}"
-    assert told["none"]["clean test"] == "–" and 0 <= float(told["square"]["heat on the square"]) <= 100
-    worst = {row["arm"]: row["worst group"] for row in rows_of(folder, "groups")}
-    assert worst[ARM] == f"{100 * np.mean([r.metrics['test']['worst_group'] for r in arms[ARM].values()]):.2f}"
+    found = {row["arm"]: row for row in rows_of(folder, "shortcut")}
+    clean = np.mean([run.correct("clean_test").mean() for run in arms["square"].values()])
+    assert found["square"]["clean test"] == f"{100 * clean:.2f}" and found["none"]["clean test"] == "–"
+    assert 0 <= float(found["square"]["heat on the square"]) <= 100
+    groups = {row["arm"]: row for row in rows_of(folder, "groups")}
+    worst = {arm: [run.metrics["test"]["worst_group"] for run in runs.values()] for arm, runs in arms.items()}
+    assert groups[ARM]["worst group"] == f"{100 * np.mean(worst[ARM]):.2f}" and groups["none"]["difference"] == "–"
+    assert groups[ARM]["difference"] == f"{100 * (np.mean(worst[ARM]) - np.mean(worst['none'])):+.2f}"
     alike = rows_of(folder, "attention")
-    assert [row["arm"] for row in alike][-1] == "a centred Gaussian" and all(-1 <= float(row["correlation"]) <= 1 for row in alike)
-    assert {(row["arm"], row["seed"]) for row in rows_of(folder, "runs")} == {(arm, str(seed)) for arm in ARMS for seed in (0, 1)}
+    assert [row["arm"] for row in alike][-1] == "a centred Gaussian"
+    assert all(-1 <= float(row["correlation"]) <= 1 for row in alike)
+    runs = [(row["arm"], row["seed"]) for row in rows_of(folder, "runs")]
+    assert runs == [(arm, seed) for arm in ARMS for seed in "01"]
 
 
 def test_every_figure_and_table_comes_in_each_format_and_with_words(written):
     folder, _ = written
     page = (folder / "report.html").read_text(encoding="utf-8")
-    figures, tables = sorted((folder / "figures").glob("*.png")), sorted((folder / "tables").glob("*.csv"))
-    assert {p.stem for p in figures} >= {"augmentation", "attention", "convergence", "explanations", "shortcut", "confidence", "loss", "disagreements"}
-    for path in figures:
+    drawn, tables = sorted((folder / "figures").glob("*.png")), sorted((folder / "tables").glob("*.csv"))
+    assert {p.stem for p in drawn} >= {"augmentation", "attention", "convergence", "explanations", "shortcut",
+                                       "confidence", "loss", "disagreements"}
+    for path in drawn:
         assert Image.open(path).size[0] > 500 and path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
-    assert page.count("<img ") == len(figures) and all(len(text) > 10 for text in re.findall(r'<img alt="([^"]*)"', page))
+    assert page.count("<img ") == len(drawn) and all(len(text) > 10 for text in re.findall(r'<img alt="([^"]*)"', page))
     assert page.count("<table>") <= len(tables) and not list(folder.rglob("*.tmp*"))
     for path in tables:
         lines = path.with_suffix(".tex").read_text(encoding="utf-8").splitlines()
         body = [line for line in lines if line.endswith(r"\\")]
         columns = re.fullmatch(r"\\begin\{tabular\}\{(l+)\}", lines[3])[1]
-        assert lines[4] == r"\toprule" and len(body) == len(list(csv.reader(open(path, newline="", encoding="utf-8"))))
-        assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 and not re.search(r"(?<!\\)[$%#_]", line) for line in body)
+        with open(path, newline="", encoding="utf-8") as file:
+            assert lines[4] == r"\toprule" and len(body) == len(list(csv.reader(file)))
+        assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 for line in body)
+        assert not any(re.search(r"(?<!\\)[$%#_]", line) for line in body)
 
 
 def test_the_questions_come_first_each_with_an_answer(written):
     page = (written[0] / "report.html").read_text(encoding="utf-8")
     found = re.findall(r"<h2 id=s\d+>(.*?)</h2><p class=answer>(.*?)</p>", page)
-    assert [title.split()[0] for title, _ in found] == ["Can", "Can", "Does", "Does", "Can", "Is", "The", "Where", "How"] and all(answer for _, answer in found)
-    assert "on test over 2 seeds" in found[0][1] and "rank correlation" in found[1][1] and "Validation cannot see the shortcut" in found[4][1]
+    assert [title.split()[0] for title, _ in found] == "Can Can Does Does Can Is The Where How".split()
+    assert all(answer for _, answer in found) and "Validation cannot see the shortcut" in found[4][1]
+    assert "on test over 2 seeds" in found[0][1] and "rank correlation" in found[1][1]
+    assert re.findall(r'<a href="#(s\d+)">', page) == re.findall(r"<h2 id=(s\d+)>", page)
 
 
 def test_what_where_found_is_a_table_of_means_over_the_runs(written):
     folder, arms = written
-    rows, each = rows_of(folder, "where"), [run.read_json(r.folder / "where.json") for r in arms["square"].values()]
-    assert [(row["arm"], row["seeds"], row["method"], row["layer"], row["explained"]) for row in rows] \
-        == [("square", "2", "gradcam", "the rule's", score) for score in ("predicted", "true", "margin")]
-    for number, row in enumerate(rows):
-        assert float(row["covered"]) == pytest.approx(100 * np.mean([found[number]["erased"] for found in each]), abs=0.01)
+    rows = rows_of(folder, "where")
+    each = [files.read_json(run.folder / "where.json") for run in arms["square"].values()]
+    assert [(row["arm"], row["seeds"], row["method"], row["layer"], row["explained"]) for row in rows] == [
+        ("square", "2", "gradcam", "the rule's", score) for score in ("predicted", "true", "margin")]
+    for place, row in enumerate(rows):
+        mean = 100 * np.mean([found[place]["erased"] for found in each])
+        assert float(row["covered"]) == pytest.approx(mean, abs=0.01)
+
+
+def test_a_where_json_written_before_it_knew_the_worst_class_gives_a_dash(tmp_path):
+    old = {"method": "gradcam", "layer": None, "explain": "true", "erased": 0.5, "pointing": 1, "inside": 0.5,
+           "covered": 0.1}
+    files.write_json(tmp_path / "where.json", [old])
+    assert explain.where_found([SimpleNamespace(folder=tmp_path)]) == {
+        ("gradcam", "the rule's", "true"): [1, 0.5, None, 1, 0.5, 0.1]}
 
 
 def test_markup_in_names_is_text(written):
@@ -124,11 +148,23 @@ def test_no_heat_takes_neither_networks_nor_images(written, tmp_path, monkeypatc
     monkeypatch.setattr(torch.nn.Module, "__call__", None)
     folders = [str(r.folder) for arm in ("none", ARM) for r in written[1][arm].values()]
     assert report.main([*folders, "--by", "cam,select,layer", "--no-heat", "--out", str(tmp_path / "r")]) == 0
-    assert "4 runs of 2 arms" in capsys.readouterr().out and "Left out by --no-heat" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert "4 runs of 2 arms" in capsys.readouterr().out
+    assert "Left out by --no-heat" in (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+
+
+def test_text_is_the_comparison_and_takes_neither_networks_nor_images(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    monkeypatch.chdir(tmp_path)
+    squares = [str(run.folder) for arm in ("square", "square, all") for run in written[1][arm].values()]
+    assert report.main([*squares, "--by", "cam,select,layer", "--text"]) == 0
+    printed = capsys.readouterr().out
+    assert "Test accuracy by arm" in printed and "Clean test accuracy by arm" in printed
+    assert printed.count("What each arm costs") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "name runs or an experiment"),
+    (["--experiment", "demo", "--txt"], "unknown option '--txt'. Did you mean '--text'?"),
     (["--experiment", "dem"], "Did you mean 'demo'"),
     (["--experiment", "demo", "--out", "EMPTY"], "no run is finished; first run python train.py --experiment demo"),
     (["EMPTY"], "EMPTY"),
@@ -136,8 +172,15 @@ def test_no_heat_takes_neither_networks_nor_images(written, tmp_path, monkeypatc
 def test_what_cannot_be_reported_is_said_in_a_line(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_help_fits_a_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        report.main(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) < 40
 
 
 def test_the_share_of_data_that_equals_the_baseline_is_found():
@@ -145,14 +188,15 @@ def test_the_share_of_data_that_equals_the_baseline_is_found():
     arms = {}
     for kind, accuracies in {"none": (0.6, 0.7, 0.8), "gradcam++": (0.7, 0.9, 0.95)}.items():
         for share, accuracy in zip((0.25, 0.5, 1.0), accuracies):
-            made = simulated({"none": (6, 0.5), kind: (6, accuracy)}, images=4000, config={"train_fraction": share, "cam": kind, "dataset": "d", "data_dir": None,
-                                                                              "classes": None, "model": "m", "image_size": 32, "decoy": False})
+            config = dict.fromkeys(study_arms.TASK) | {"train_fraction": share, "cam": kind}
+            made = simulated({"none": (6, 0.5), kind: (6, accuracy)}, images=4000, config=config)
             arms[f"{kind}-train_fraction={share}"] = made[kind]
             arms[f"cutmix-train_fraction={share}"] = made["none"]  # without Proxy Attention, but no baseline
-    study = report.Study(compare.groups(arms), "made up", "", "", None)
+    study = comparison.Study(study_arms.groups(arms))
     assert len(study.groups) == 3 and study.against["gradcam++-train_fraction=0.5"] == "none-train_fraction=0.5"
-    (_, table), text = report.by_fraction(study)
-    assert text == "gradcam++ equals the arm none on 100% of the data with 50%. With less of it cutmix did not equal none on 100% of the data."
+    (_, table), text = report.with_less_data(comparison.by_fraction(study.results), "none")
+    assert text == ("gradcam++ equals the arm none on 100% of the data with 50%. With less of it cutmix did not equal "
+                    "none on 100% of the data.")
     assert [row[2] for row in table.rows] == [6] * 9
     low = next(row for row in table.rows if row[:2] == ["gradcam++", "25"])
     assert float(low[3]) == pytest.approx(70, abs=1) and 0 < float(low[4].removeprefix("± ")) < 2
@@ -160,22 +204,24 @@ def test_the_share_of_data_that_equals_the_baseline_is_found():
 
 def test_verdicts_of_many_arms_are_counted():
     made = simulated({"none": (8, 0.7), "much": (8, 0.9), "less": (8, 0.5), "a": (8, 0.7), "b": (2, 0.7)}, images=1000)
-    text = report.verdicts(compare.compare(made, "none")[1:])
-    assert text.startswith("Of 4 arms 1 better ('much'); 1 worse ('less'); 1 with too few seeds to tell; 1 with no difference found, and none larger than ")
+    text = report.verdicts(comparison.compare(made, "none")[1:])
+    assert text.startswith("Of 4 arms 1 better ('much'); 1 worse ('less'); 1 with too few seeds to tell; 1 with no "
+                           "difference found, and none larger than ")
 
 
-@pytest.mark.parametrize("added", [[], ["b"]])
-def test_what_is_kept_is_asked_only_where_classes_were_added(added):
+def test_the_answer_to_what_was_kept_names_arms_and_figures():
     made = simulated({"first": (2, 0.7), "later": (2, 0.8)}, images=40)
-    for number, (arm, seed) in enumerate((arm, seed) for arm in made for seed in made[arm]):
-        made[arm][seed] = made[arm][seed]._replace(folder=f"/runs/{number}")
-    results = [(arm, result) for arm, runs in made.items() for result in runs.values()]
-    for number, (arm, result) in enumerate(results):
-        result.config["init"] = f"/runs/{number - 2}" if arm == "later" else None
-        result.split["classes"] = ["a"] + added * (arm == "later")
-        result.found["test_labels"][:20] = 0
-    section = report.continual(SimpleNamespace(arms=made, results=lambda: results))
-    assert (section is not None) == bool(added)
+    for place, (arm, seed) in enumerate((arm, seed) for arm in made for seed in made[arm]):
+        made[arm][seed] = run = made[arm][seed]._replace(folder=f"/runs/{place}")
+        run.config["init"] = f"/runs/{place - 2}" if arm == "later" else None
+        run.split["classes"] = ["a", "b"] if arm == "later" else ["a"]
+        run.found["test_labels"][:20] = 0
+    section = report.continual(comparison.Study([("first", made)]))
+    (table,), rows = section.parts, comparison.old_and_new({"later": made["later"]}, {"later": made["first"]})["later"]
+    means = {key: f"{100 * np.mean([row[key] for row in rows]):.2f}" for key in ("old", "new", "forgotten")}
+    assert table.rows == [["later", 2, *means.values(), "2.0"]]
+    assert section.answer.startswith(f"later: {means['old']}% on old classes, {means['new']}% on new ones, ")
+    assert report.continual(comparison.Study([("first", {"first": made["first"]})])) is None
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------
@@ -186,9 +232,11 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get
 def chromium(page, folder, *options, width=1000):
     """What headless Chromium prints about a page: (its document after scripts have run, its console)."""
     done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync",
-         "--disable-component-update", f"--user-data-dir={folder}/profile", f"--window-size={width},900", "--enable-logging=stderr", "--virtual-time-budget=3000",
-         *options, *([] if any(o.startswith("--print") for o in options) else ["--dump-dom"]), f"file://{page}"], capture_output=True, text=True, timeout=120)
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}/profile",
+         f"--window-size={width},900", "--enable-logging=stderr", "--virtual-time-budget=3000", *options,
+         *([] if any(o.startswith("--print") for o in options) else ["--dump-dom"]), f"file://{page}"],
+        capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -216,15 +264,15 @@ def proxy():
 
 
 def changed(page, folder, script):
-    """A copy of a page that runs a script after its own, which writes into the `id=told` at its end."""
+    """A copy of a page that runs a script after its own, which writes into the `id=found` at its end."""
     path = folder / "changed.html"
-    path.write_text(page.read_text(encoding="utf-8") + f"<pre id=told></pre><script>document.getElementById('told').textContent = (() => {{{script}}})()</script>",
-                    encoding="utf-8")
+    write = f"document.getElementById('found').textContent = (() => {{{script}}})()"
+    path.write_text(f"{page.read_text(encoding='utf-8')}<pre id=found></pre><script>{write}</script>", encoding="utf-8")
     return path
 
 
-def told(document):
-    return html.unescape(re.search(r'<pre id="told">(.*?)</pre>', document, re.S)[1])
+def found_by(document):
+    return html.unescape(re.search(r'<pre id="found">(.*?)</pre>', document, re.S)[1])
 
 
 @browser
@@ -245,22 +293,27 @@ def test_tables_are_sorted_and_arms_hidden_in_the_page(written, tmp_path):
       const column = n => [...table.tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[n].textContent);
       const place = [...table.tHead.rows[0].cells].findIndex(c => c.textContent === 'seed');
       const before = column(place), found = [];
-      table.tHead.rows[0].cells[place].firstChild.click(); found.push(column(place), table.tHead.rows[0].cells[place].ariaSort);
-      table.tHead.rows[0].cells[place].firstChild.click(); found.push(column(place));
+      const head = table.tHead.rows[0].cells[place];
+      head.firstChild.click(); found.push(column(place), head.ariaSort);
+      head.firstChild.click(); found.push(column(place));
       const box = [...document.querySelectorAll('fieldset input')][1]; box.click(); found.push(box.value, column(0));
       box.click(); found.push(column(0).length);
       return JSON.stringify([before, ...found]);"""
-    before, up, sort, down, arm, left, whole = json.loads(told(chromium(changed(written[0] / "report.html", tmp_path, script), tmp_path)[0]))
+    page = changed(written[0] / "report.html", tmp_path, script)
+    before, up, sort, down, arm, left, rows = json.loads(found_by(chromium(page, tmp_path)[0]))
     assert sorted(before, key=float) == up == down[::-1] and sort == "ascending" and len(set(up)) > 1
-    assert arm == ARM and set(left) == set(ARMS) - {ARM} and whole == 10
+    assert arm == ARM and set(left) == set(ARMS) - {ARM} and rows == 10
 
 
 @browser
 def test_the_page_fits_a_phone_a_dark_room_and_paper(written, tmp_path):
     page = written[0] / "report.html"
-    script = "return [innerWidth, document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color].join(' ')"
-    for width, options, paper in ((390, (), "rgb(255, 255, 255)"), (1000, ("--blink-settings=preferredColorScheme=0",), "rgb(23, 24, 26)")):
-        found = told(chromium(changed(page, tmp_path, script), tmp_path, *options, width=width)[0])
+    script = """
+      const look = getComputedStyle(document.body);
+      return [innerWidth, document.documentElement.scrollWidth, look.backgroundColor, look.color].join(' ')"""
+    dark = ("--blink-settings=preferredColorScheme=0",)
+    for width, options, paper in ((390, (), "rgb(255, 255, 255)"), (1000, dark, "rgb(23, 24, 26)")):
+        found = found_by(chromium(changed(page, tmp_path, script), tmp_path, *options, width=width)[0])
         inner, scroll = map(int, found.split()[:2])
         assert scroll <= inner and paper in found, found
     chromium(page, tmp_path, f"--print-to-pdf={tmp_path}/page.pdf")
@@ -268,13 +321,13 @@ def test_the_page_fits_a_phone_a_dark_room_and_paper(written, tmp_path):
     assert printed.startswith(b"%PDF") and 2 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 40
 
 
-@pytest.mark.parametrize("arms", [2, report.BANDS, report.BANDS + 1])
+@pytest.mark.parametrize("arms", [2, figures.BANDS, figures.BANDS + 1])
 def test_bands_are_drawn_where_few_arms_share_the_figure(arms):
     def logged(seed):
         return SimpleNamespace(log=[{"accuracy": 0.1 * (epoch + seed)} for epoch in range(4)])
-    study = SimpleNamespace(arms={f"arm {i}": {seed: logged(seed) for seed in (0, 1)} for i in range(arms)}, style=lambda arm: {"color": "black"})
-    picture = report.curves(study, "convergence", "accuracy", "accuracy", " %", 100)
-    figure, text = picture.figure, picture.alternative
-    assert ("band" in picture.caption) == (arms <= report.BANDS)
-    assert len(figure.axes[0].lines) == arms and len(figure.axes[0].collections) == (arms if arms <= report.BANDS else 0)
-    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([5, 15, 25, 35]) and "arm 1 35" in text
+    made = {f"arm {i}": {seed: logged(seed) for seed in (0, 1)} for i in range(arms)}
+    picture = figures.curves("convergence", made, "accuracy", "accuracy", " %", 100)
+    axes = picture.figure.axes[0]
+    assert ("band" in picture.caption) == (arms <= figures.BANDS)
+    assert len(axes.lines) == arms and len(axes.collections) == (arms if arms <= figures.BANDS else 0)
+    assert axes.lines[0].get_ydata() == pytest.approx([5, 15, 25, 35]) and "arm 1 35" in picture.alternative

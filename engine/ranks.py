@@ -1,9 +1,10 @@
-"""Several processes that train one network, and the signals that end a run. With one process everything here is a matter of course.
+"""Several processes that train one network, and the signals that end a run.
 
     torchrun --nproc-per-node 4 train.py --dataset places --model resnet50
 
-torchrun starts the processes and tells each its rank; `start` joins them (NCCL on GPUs, gloo on CPUs). Each rank takes its part of every
-batch, `DistributedDataParallel` averages the gradients, and rank 0 alone writes.
+torchrun starts the processes and gives each its rank; `start` joins them (NCCL on GPUs, gloo on CPUs). Each rank takes
+its part of every batch, `DistributedDataParallel` averages the gradients, and rank 0 alone writes. Without torchrun
+there is one process, rank 0 of 1, and every function here returns at once.
 """
 
 import datetime
@@ -15,12 +16,12 @@ import time
 import torch
 import torch.distributed as dist
 
-from data import UserError
+from engine.files import UserError
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that all take part in it
-PAUSE = 0.1  # seconds between two looks for an answer of rank 0, which may decode a whole dataset meanwhile
+PAUSE = 0.1  # seconds from asking for rank 0's answer to asking again; it may decode a dataset meanwhile
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -28,7 +29,7 @@ _store, _answers = None, 0
 
 
 def start(device):
-    """Join the other processes, if there are any. device: the setting; `auto` gives each process a GPU of its own. Returns the setting."""
+    """Join the other processes, if there are any. device: the setting; `auto` gives each a GPU. Returns the setting."""
     if RANKS == 1:
         return device
     if device == "auto" and torch.cuda.is_available():
@@ -39,7 +40,7 @@ def start(device):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         global _store
-        # What torchrun restarts finds the addresses of those that died in the same store, unless it looks under another name.
+        # What torchrun restarts would find the addresses of those that died in the same store under the same name.
         store, rank, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = _store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
@@ -92,7 +93,9 @@ def wrap(model, device):
 
 
 def share_buffers(model):
-    """Give every rank the batch statistics of rank 0, which are those that are saved. Training does so before each step, but not after the last."""
+    """Give every rank the batch statistics of rank 0, which are saved. DDP does so before each step, not after the
+    last.
+    """
     if RANKS > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -107,30 +110,31 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Ends a run between two steps when a signal asks for it, and at once where no steps are taken; a second signal ends it anyway.
+    """Ends a run between two steps when a signal asks for it, and at once where no steps are taken or at a second
+    signal.
 
-    The ranks hear of it at different moments and must stop after the same step: each step tells the others, and asks for
-    what they said the step before, so that nobody waits for the answer.
+    The ranks get the signal at different moments and must stop after the same step: in each step they send what they
+    have and read what came the step before, so that nobody waits for the answer.
     """
 
     def __init__(self):
-        self.signal, self.within_steps, self._said = 0, False, None
-        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        self.signal, self.within_steps, self._sent = 0, False, None
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
-    def _hear(self, number, frame):
+    def _receive(self, number, frame):
         if self.signal or not self.within_steps:
             raise Stopped(number)
         self.signal = number
 
     def asked(self, due=False):
-        """The signal that ends the run after this step, or 0, and whether it is time for a checkpoint: the same on every rank.
+        """(signal that ends the run after this step or 0, whether to write a checkpoint): the same on every rank.
 
-        due: whether this process finds that it is time; of several, rank 0's clock counts.
+        due: whether this process finds that it is time for one; of several, rank 0's clock counts.
         """
         if RANKS == 1:
             return self.signal, due
         flags = torch.tensor([self.signal, due and RANK == 0])
-        before, self._said = self._said, (dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True), flags)
+        before, self._sent = self._sent, (dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True), flags)
         if before is None:
             return 0, False
         before[0].wait()
@@ -138,7 +142,7 @@ class Stop:
 
     def leave_steps(self):
         """From here on a signal ends the run at once; one that came too late for a step does so now."""
-        self.within_steps, self._said = False, None
+        self.within_steps, self._sent = False, None
         if self.signal:
             raise Stopped(self.signal)
 

@@ -1,0 +1,182 @@
+"""What training costs and what an epoch adds up to: images, seconds, memory, energy. Nothing is estimated."""
+
+import contextlib
+import gc
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+import torch
+
+from engine import ranks
+
+
+class Counts:
+    """What an epoch adds up to. It is summed on the device, which is asked for it at the display's pace and at the end.
+
+    energy: `Energy`. before: what `so_far` gave of the same epoch, in a process that was stopped.
+    """
+
+    # over all processes; and those that pass for all at the same time
+    ADDED = ("loss", "fresh", "wrong", "erased_images", "skipped_steps", "images_seen", "second_pass_images",
+             "energy_wh")
+    SHARED = ("optimizer_steps", "train_seconds", "cam_seconds")
+
+    def __init__(self, device, energy, before=None):
+        self.energy, self.energy_start = energy, energy.watt_hours() or 0.0
+        self.device, self.before = device, dict.fromkeys((*self.ADDED, *self.SHARED), 0) | (before or {})
+        # Loss times images, fresh images, those misled, erased images, and on rank 0 skipped steps, which all skip;
+        # what was counted before is added to as if nothing had come between.
+        self.sums = torch.tensor([float(self.before.pop(key)) for key in self.ADDED[:5]], device=device)
+        self.images, self.second_pass_images, self.steps, self.start = 0, 0, 0, time.perf_counter()
+        self.cam_seconds, self.cam_events = 0.0, []
+
+    def misled(self, wrong, fresh):
+        """Count the images that come as they are, and of these the wrong ones. Both bool [B]."""
+        self.sums[1:3] += torch.stack([fresh.sum(), (wrong & fresh).sum()])
+
+    def add(self, trained, updated, skipped):
+        """Count a batch. trained: `proxy.Trained`; a loss that is not finite adds 0. updated, skipped: of
+        `backward`.
+        """
+        fresh = trained.fresh
+        self.sums[:4:3] += torch.stack([trained.loss.detach().nan_to_num(0, 0, 0) * len(fresh), (~fresh).sum()])
+        if updated and ranks.RANK == 0:
+            self.sums[4] += skipped
+        self.images, self.steps = self.images + len(fresh), self.steps + updated
+        self.second_pass_images += trained.second_pass
+
+    @contextlib.contextmanager
+    def timing_cam(self):
+        """Time a block: on a GPU with events that nothing waits for."""
+        if self.device.type == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            yield
+            events[1].record()
+            self.cam_events.append(events)
+        else:
+            start = time.perf_counter()
+            yield
+            self.cam_seconds += time.perf_counter() - start
+
+    def so_far(self, everyone=lambda value: [value]):
+        """{name: number} of this process or of `everyone`; waits for the device."""
+        sums = self.sums.tolist()
+        cam_seconds = self.cam_seconds + sum(start.elapsed_time(end) for start, end in self.cam_events) / 1000
+        energy = (self.energy.watt_hours() or 0.0) - self.energy_start
+        seconds = time.perf_counter() - self.start
+        own = [*sums, self.images, self.second_pass_images, energy, self.steps, seconds, cam_seconds]
+        own = {key: self.before.get(key, 0) + value for key, value in zip((*self.ADDED, *self.SHARED), own)}
+        return merged(everyone(own))
+
+    def totals(self, everyone=lambda value: [value]):
+        """The epoch's share of a line of `log.jsonl`."""
+        found = self.so_far(everyone)
+        loss, fresh, wrong = (found.pop(key) for key in ("loss", "fresh", "wrong"))
+        found |= {key: int(found[key]) for key in ("erased_images", "skipped_steps")}
+        found["energy_wh"] = found["energy_wh"] if self.energy.source else None
+        return {"train_loss": loss / max(found["images_seen"], 1), "train_accuracy": 1 - wrong / max(fresh, 1),
+                "misled": wrong / max(fresh, 1), **found}
+
+
+def merged(counts):
+    """What several processes counted, as one."""
+    return {key: (sum if key in Counts.ADDED else max)(each[key] for each in counts) for key in counts[0]}
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(device):
+    """Peak memory so far and memory held now in MB (2^20 bytes): of this process, and of its GPU where it has one; of
+    several processes the largest. None where it cannot be measured.
+    """
+    host = None
+    if resource:
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+        host = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    gpu = device.type == "cuda"
+    own = {"peak_gpu_allocated_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if gpu else None,
+           "peak_gpu_reserved_mb": round(torch.cuda.max_memory_reserved(device) / 2**20, 1) if gpu else None,
+           "peak_host_mb": host, "held_mb": held_mb(device)}
+    every = ranks.everyone(own)
+    return {key: max((each[key] for each in every if each[key] is not None), default=None) for key in own}
+
+
+def held_mb(device):
+    """Memory in use in MB (2^20 bytes): allocated on the GPU, or else resident in this process; None if unknown."""
+    if device.type == "cuda":
+        return round(torch.cuda.memory_allocated(device) / 2**20, 1)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+    except (OSError, ValueError):
+        return None
+
+
+def release(device):
+    """Give back what nothing refers to any more, from caches too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- energy --------------------------------------------------------------------------------------------------------
+
+
+class Energy:
+    """Energy that this process's devices took since it was made, from counters of the hardware itself.
+
+    source: what was read: "NVML" for the GPU that the process uses, "RAPL" for the CPU packages (of several processes
+    on one machine the first reads them); None where there is neither. A thread reads RAPL now and then, as its counters
+    start again from zero every few minutes under load; `close` ends it.
+    """
+
+    PAUSE = 20.0  # seconds between two readings; a package at 1,000 W takes over four minutes to fill its counter
+
+    def __init__(self, device, powercap="/sys/class/powercap", first=True):
+        self._gpu, self._zones, self._joules = None, [], 0.0
+        self._lock, self._end = threading.Lock(), threading.Event()
+        if device.type == "cuda":
+            with contextlib.suppress(Exception):  # no library, no driver, or a GPU too old to count
+                import pynvml
+
+                pynvml.nvmlInit()
+                handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+                self._gpu = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+                self._gpu_start = self._gpu()
+        for zone in sorted(Path(powercap).glob("intel-rapl:*")) if first else []:
+            with contextlib.suppress(OSError, ValueError):
+                if (zone / "name").read_text().startswith("package"):
+                    self._zones.append([zone / "energy_uj", int((zone / "energy_uj").read_text()),
+                                        int((zone / "max_energy_range_uj").read_text())])
+        self.source = " and ".join(["NVML"] * (self._gpu is not None) + ["RAPL"] * bool(self._zones)) or None
+        if self._zones:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while not self._end.wait(self.PAUSE):
+            self.watt_hours()
+
+    def watt_hours(self):
+        """Watt hours so far; None where nothing can be read."""
+        if self.source is None:
+            return None
+        with self._lock:
+            for zone in self._zones:
+                with contextlib.suppress(OSError, ValueError):
+                    path, before, span = zone
+                    zone[1] = int(path.read_text())
+                    self._joules += (zone[1] - before) % (span + 1) / 1e6
+            return (self._joules + (self._gpu() - self._gpu_start if self._gpu else 0)) / 3600
+
+    def close(self):
+        self._end.set()

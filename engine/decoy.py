@@ -1,0 +1,91 @@
+"""A planted shortcut, and where in an image heat should lie.
+
+`--decoy` plants a coloured square whose colour gives the class away in training and validation, and lies in the test.
+`masks_of` gives the square, or of some datasets the object.
+"""
+
+import colorsys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine.chance import numpy_generator
+
+SWATCH = 8  # a decoy's side is an eighth of the image's
+CORNERS = 4
+
+
+@dataclass
+class Decoy:
+    """A coloured square in a corner of each image. corners: int64 [N], -1 for none; colours: uint8 [N, 3]."""
+
+    corners: np.ndarray
+    colours: np.ndarray
+
+    def mask(self, indices, size):
+        """Where the squares of images number `indices` are: bool [n, size, size]."""
+        return swatch(torch.as_tensor(self.corners[indices]), size)
+
+
+def swatch(corners, size):
+    """bool [n, size, size]: squares in corners 0 to 3, clockwise from the upper left; none for -1. corners: int64
+    [n].
+    """
+    near = torch.arange(size, device=corners.device) < max(1, size // SWATCH)
+    down, right = ((corners == 2) | (corners == 3))[:, None], ((corners == 1) | (corners == 2))[:, None]
+    rows, columns = torch.where(down, near.flip(0), near), torch.where(right, near.flip(0), near)
+    return rows[:, :, None] & columns[:, None, :] & (corners >= 0)[:, None, None]
+
+
+def draw_decoy(dataset, split, seed):
+    """A `Decoy` of all images: its colour is that of the class in training and validation, in the test that of another.
+
+    After decoy MNIST (Ross, Hughes and Doshi-Velez 2017, "Right for the right reasons", section 4.2), in colour.
+    Corners, and the other classes of the test, are drawn at random.
+    """
+    draw, count = numpy_generator("decoy", seed), len(dataset.classes)
+    hues = [colorsys.hsv_to_rgb(c / count, 1, 1) for c in range(count)]
+    corners = draw.integers(CORNERS, size=len(dataset))
+    others = (dataset.labels + draw.integers(1, count, size=len(dataset))) % count
+    test = set(split["test"])
+    shown = np.where([image_id in test for image_id in dataset.ids], others, dataset.labels)
+    return Decoy(corners, np.rint(255 * np.array(hues)).astype(np.uint8)[shown])
+
+
+# --- where the object is: (dataset, indices int64 [n], pixels uint8 [n, 3, H, W]) -> bool [n, H, W], or None ----------
+
+
+def ink(dataset, indices, pixels):
+    """Of drawings: what is brighter than the middle between an image's darkest and its brightest pixel."""
+    grey = pixels.float().mean(1)
+    return grey > (grey.amin((1, 2), keepdim=True) + grey.amax((1, 2), keepdim=True)) / 2
+
+
+def trimap(dataset, indices, pixels):
+    """Of `pets`: animal and outline, from the trimaps beside the photographs (1 animal, 2 background, 3 outline)."""
+    masks, size = [], pixels.shape[-1]
+    for index in indices:
+        photograph = Path(dataset.images[index])
+        path = photograph.parent.parent / "annotations" / "trimaps" / f"{photograph.stem}.png"
+        if not path.is_file():
+            return None
+        masks.append(np.asarray(Image.open(path).resize((size, size), Image.Resampling.NEAREST)) != 2)
+    return torch.from_numpy(np.stack(masks)).to(pixels.device)
+
+
+MASKS = {"digits": ink, "noisy_digits": ink, "pets": trimap}
+
+
+def masks_of(dataset, indices, pixels):
+    """Where heat should lie, or under --decoy should not: (name, bool [n, H, W]), or (None, None) where it is not
+    known.
+
+    indices: int64 [n] of the images. pixels: uint8 [n, 3, H, W], the same images.
+    """
+    if dataset.decoy is not None:
+        return "swatch", dataset.decoy.mask(indices, pixels.shape[-1]).to(pixels.device)
+    mask = MASKS[dataset.name](dataset, indices, pixels) if dataset.name in MASKS else None
+    return (None, None) if mask is None else ("object", mask)

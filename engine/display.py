@@ -1,0 +1,49 @@
+"""What is shown of a run while it runs: a progress bar where the output is a terminal, and a line per epoch."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+from engine import ranks
+
+SECONDS = 0.5  # the display asks the device for its counts this often; nothing else waits for it
+console = Console(highlight=False, quiet=ranks.RANK > 0)
+
+
+def progress(batches, text):
+    """Yield the batches, with a progress bar where the output is a terminal."""
+    return track(batches, text, len(batches), console=console, transient=True, disable=not console.is_terminal)
+
+
+def show(batches, epoch, stage, counts):
+    """Yield an epoch's batches, with a display of the stage where the output is a terminal."""
+    if not console.is_terminal:
+        yield from batches
+        return
+    columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[state]}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        steps = len(batches)  # the bar and the time left are the stage's, not the epoch's
+        done = (epoch - stage.start) * steps + batches.order.start
+        task = bar.add_task("", total=(stage.end - stage.start) * steps, completed=done, state="",
+                            epoch=f"{epoch + 1}/{stage.end}")
+        shown = time.perf_counter()
+        for batch in batches:
+            yield batch
+            bar.advance(task)
+            if time.perf_counter() - shown > SECONDS:
+                shown = time.perf_counter()
+                bar.update(task, state=describe(counts.totals()))
+
+
+def describe(line):
+    return (f"loss {line['train_loss']:.3f}  accuracy {line['train_accuracy']:.3f}  misled {line['misled']:.1%}  "
+            f"erased {line['erased_images']}  {line['images_seen'] / line['train_seconds']:.0f} images/s")
+
+
+def print_epoch(line, stage):
+    left = (stage.end - line["epoch"]) * (line["train_seconds"] + line["eval_seconds"])
+    leak = "  LEAK" if "warning" in line else ""
+    console.print(f"epoch {line['epoch']}/{stage.end}  {describe(line)}  val {line['val_accuracy']:.3f}  "
+                  f"left {int(left) // 60}:{int(left) % 60:02d}{leak}", markup=False, soft_wrap=True)

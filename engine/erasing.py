@@ -1,0 +1,108 @@
+"""What fills, controls and steps of `proxy.py` are made of: complete batches on the device, in fixed shapes."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Scene(NamedTuple):
+    """What a fill may look at, besides the N images that it fills and their mask. Images are normalised."""
+
+    heat: torch.Tensor  # [N, H, W] in [0, 1]
+    chosen: torch.Tensor  # bool [N]: the others are there for the shape's sake
+    rows: torch.Tensor  # int64 [N]: where the images stand in the batch
+    batch: torch.Tensor  # [B, 3, H, W]
+    classes: torch.Tensor  # int64 [B]
+    fresh: torch.Tensor  # bool [B]: False for erased copies
+    black: torch.Tensor  # [1, 3, 1, 1]: what black and white are after normalisation
+    white: torch.Tensor
+    generator: torch.Generator  # on the images' device
+
+
+class Waiting(NamedTuple):
+    """Erased images on their way into a step."""
+
+    images: torch.Tensor  # [K, 3, H, W]
+    labels: torch.Tensor  # [K], or [K, C]
+    taken: torch.Tensor  # bool [K]: the others are there for the shape's sake
+
+
+def put(images, mask, pixels):
+    """`pixels`, anything that broadcasts to images, where the mask is."""
+    return torch.where(mask[:, None], pixels.to(images.dtype), images)
+
+
+def of_another_class(scene, classes, may_give):
+    """For each of the N images one of M at random, of another class: int64 [N], and whether there is one, bool [N].
+
+    classes: int64 [M]. may_give: bool [M].
+    """
+    foreign = (scene.classes[scene.rows][:, None] != classes) & may_give
+    draw = torch.rand(foreign.shape, generator=scene.generator, device=foreign.device)
+    score, donors = torch.where(foreign, draw, -1.0).max(1)
+    return donors, score >= 0
+
+
+def other_chosen(scene):
+    """For each of the N images another chosen one, a random step on: int64 [N], and whether there is one, bool [N]."""
+    count, order = scene.chosen.sum().clamp(min=1), scene.chosen.logical_not().to(torch.uint8).argsort(stable=True)
+    step = 1 + (torch.rand((), generator=scene.generator, device=order.device) * (count - 1)).long()
+    donors = order[((scene.chosen.cumsum(0) - 1 + step) % count).clamp(min=0)]
+    return donors, donors != torch.arange(len(donors), device=donors.device)
+
+
+def blurred(images, sigma):
+    """Gaussian blur by `sigma` pixels of float [..., H, W]; at the edges over what there is."""
+    kernels = []
+    for side in images.shape[-2:]:
+        place = torch.arange(side, device=images.device, dtype=images.dtype)
+        kernel = torch.exp(-0.5 * ((place[:, None] - place) / sigma) ** 2)
+        kernels.append(kernel / kernel.sum(1, keepdim=True))
+    return kernels[0] @ images @ kernels[1].T
+
+
+def shifted_from(occupied, chance):
+    """Where each place along a side comes from, int64 [N, S]. occupied: bool [N, S]. chance: [N] in [0, 1)."""
+    size = occupied.shape[1]
+    place = torch.arange(size, device=occupied.device)
+    first = torch.where(occupied, place, size).amin(1)
+    last = torch.where(occupied, place, -1).amax(1)
+    free = size - 1 - (last - first)
+    by = torch.where(free >= size / 4, (chance * (free + 1)).long() - first, (chance * size).long())
+    return (place - by[:, None]) % size
+
+
+# --- in whose seats: (images, labels, waiting) -> images, labels, fresh (bool [B], False for erased copies) -----------
+
+
+def wrong(logits, labels):
+    """Whether the predicted class has no part in the label, bool [B]: under mixup, whether it is neither of the two."""
+    predicted = logits.argmax(1)
+    return predicted != labels if labels.dim() == 1 else labels.gather(1, predicted[:, None])[:, 0] == 0
+
+
+def true_class(labels):
+    """The label's class, int64 [B]; of a mixed label the one with the larger share."""
+    return labels if labels.dim() == 1 else labels.argmax(1)
+
+
+def all_fresh(labels):
+    return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+
+
+def seat(images, labels, waiting, budget, rows=None):
+    """The batch with the waiting images in it.
+
+    budget "equal": each takes the seat of a fresh image, in `rows` or from the end, so that the step keeps its size.
+    budget "extra": they ride behind the batch, which grows by their number (and waits for the device to count them).
+    """
+    taken, fresh = waiting.taken, all_fresh(labels)
+    if budget == "extra":
+        images, labels = torch.cat([images, waiting.images[taken]]), torch.cat([labels, waiting.labels[taken]])
+        return images, labels, torch.arange(len(labels), device=labels.device) < len(fresh)
+    if rows is None:
+        rows = torch.arange(len(labels) - len(taken), len(labels), device=labels.device)
+    filled = torch.where(taken[:, None, None, None], waiting.images, images[rows])
+    images = images.clone().index_copy_(0, rows, filled)  # in place, since index_copy would not keep channels last
+    new = torch.where(taken if labels.dim() == 1 else taken[:, None], waiting.labels, labels[rows])
+    return images, labels.index_copy(0, rows, new), fresh.index_copy(0, rows, ~taken)

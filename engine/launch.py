@@ -1,0 +1,288 @@
+"""From the command line of `train.py` to a run that can be trained: options, dataset, split, network, folder."""
+
+import argparse
+import contextlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import data
+from engine import before, cache, checkpoint, files, fit, folder, network, pictures, ranks, settings
+from engine.display import console
+from engine.files import UserError
+from engine.settings import SETTINGS, option
+from engine.split import PARTS, make_split
+
+
+class Ready(NamedTuple):
+    """A run that can be trained, or go on. model: the network at its start; None for a run that goes on."""
+
+    config: dict
+    folder: Path
+    dataset: object
+    split: dict
+    model: object
+    device: object
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line."""
+
+    def error(self, message):
+        raise UserError(f"{message}. See python {self.prog} --help")
+
+    def parse(self, arguments):
+        """{option: value} of those given; UserError for an unknown one that names the nearest."""
+        given, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            self.error(f"unknown option {unknown[0]!r}{files.nearest(unknown[0], known)}")
+        return vars(given)
+
+
+COMMAND = ("resume", "any_code", "dry_run", "show", "experiment", "cell", "jobs")
+
+
+def parse(arguments, text):
+    """(settings given, other options) from the command line; one option per entry of `SETTINGS`. text: of --help."""
+    defaults = settings.read_configs()["defaults"]
+    parser = Parser(prog="train.py", usage="%(prog)s [option …]", description=text, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Datasets and models of configs.json "
+                    "may bring settings of their own, which come before these defaults.")
+    command = parser.add_argument_group("command")
+    command.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with the settings it has")
+    command.add_argument("--any-code", action="store_true", help="with --resume: although code or versions differ")
+    command.add_argument("--dry-run", action="store_true", help="print settings, split and network, then stop")
+    command.add_argument("--show", action="store_true", help="with --dry-run: write a sheet of misled training images "
+                         "under every fill, every control and three areas")
+    command.add_argument("--experiment", metavar="NAME", help="run experiments/NAME.json: what is not finished of it")
+    command.add_argument("--cell", metavar="I/N", help="with --experiment: only the I-th of N shares, for job arrays")
+    command.add_argument("--jobs", metavar="K", help="with --experiment: so many runs side by side (default: 1)")
+    groups = {}
+    for key, setting in SETTINGS.items():
+        group = groups.setdefault(setting.group, None) or parser.add_argument_group(setting.group)
+        groups[setting.group] = group
+        choices = f": {', '.join(setting.choices)}" if setting.choices else ""
+        default = "null" if defaults[key] is None else defaults[key]
+        about = f"{setting.help}{choices} (default: {default})".replace("%", "%%")
+        words = {"default": argparse.SUPPRESS, "help": about}
+        if setting.kind is bool:
+            group.add_argument(option(key), action=argparse.BooleanOptionalAction, **words)
+        else:
+            group.add_argument(option(key), metavar=key.upper(), **words)
+    command.add_argument("--same-step", dest="step", action="store_const", const="same_step", default=argparse.SUPPRESS,
+                        help="the same as --step same_step")
+    given = parser.parse(arguments)
+    if empty := [key for key, text in given.items() if isinstance(text, list)]:  # what argparse makes of --key=--
+        raise UserError(f"{option(empty[0])}: expected a value. See python train.py --help")
+    other = {key: given.pop(key) for key in COMMAND}
+    _check_command(other)
+    return {key: _typed(key, text) for key, text in given.items()}, other
+
+
+def _check_command(other):
+    needed = {"any_code": "experiment" if other["experiment"] else "resume", "show": "dry_run", "cell": "experiment",
+              "jobs": "experiment"}
+    for key, other_key in needed.items():
+        if other[key] and not other[other_key]:
+            raise UserError(f"{option(key)} goes with {option(other_key)}. See python train.py --help")
+    if other["experiment"] and (other["resume"] or other["dry_run"]):
+        raise UserError("--experiment goes with neither --resume nor --dry-run: it goes on by itself with what is not "
+                        "finished")
+    if other["jobs"] is not None and not (other["jobs"].isdecimal() and 1 <= int(other["jobs"]) <= 1000):
+        raise UserError(f"--jobs {other['jobs']}: expected a number from 1 to 1000")
+
+
+def _typed(key, text):
+    """A setting's value from its text; what is no number stays a text and is refused when settings are checked."""
+    if text == "null" and SETTINGS[key].optional:
+        return None
+    if SETTINGS[key].kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return SETTINGS[key].kind(text)
+    return text
+
+
+# --- a new run -----------------------------------------------------------------------------------------------------
+
+
+def start(options, dry_run, show_sheet, train):
+    """A new run: everything is loaded and checked before its folder is made. Returns `Ready`, or None for a dry run.
+
+    train: the loop, for --batch-size auto. Raises UserError.
+    """
+    config = settings.resolve(settings.read_configs(), options)
+    device = network.pick_device(config["device"])
+    dataset, skipped = data.load_dataset(config), []
+    split = the_split(config, dataset)  # fails before every image is opened
+    if config["reweight"]:
+        before.run_before(config, "reweight", dataset.classes)
+    first = before.heat_run(config, dataset.classes)
+    model, text = before.first_network(config, dataset.classes)
+    layer, grid = network.try_network(config, model)
+    if not dry_run:
+        dataset, skipped = usable(config, dataset)
+        split = the_split(config, dataset) if skipped else split
+    split = {"classes": dataset.classes, "fingerprint": dataset.fingerprint, **split,
+             "skipped": [image_id for image_id, _, _ in skipped]}
+    folder.with_decoy(dataset, config, split)
+    config["layer"] = layer or config["layer"]
+    if config["batch_size"] == settings.AUTO:
+        size = fit.fitting_batch(train, config, model, dataset.classes, device, len(split["train"]))
+        config["batch_size"] = size
+        text += f"\n--batch-size auto: {size} images fit {device}; the learning rate stays {config['lr']:g}"
+    if dry_run:
+        print_dry_run(config, dataset, split, text, model, layer, grid)
+        if show_sheet:
+            explained = first.network() if first else model
+            print(f"\nLook at {pictures.draw_space(config, explained.to(device), dataset, split, device)}")
+        return None
+    path = folder.make_folder(config)
+    files.write_json(path / "env.json", folder.describe_environment(dataset, device))
+    if skipped:
+        write_bad_images(path / "bad-images.txt", skipped)
+        text += f"\n{len(skipped)} images that cannot be used are left out, see {path}/bad-images.txt"
+    before.keep_heat_network(first, path)
+    files.write_json(path / "split.json", split)
+    files.write_json(path / "config.json", config)  # last: a folder with it is a run that can be resumed
+    console.print(f"{path}: {text}", markup=False, soft_wrap=True)
+    return Ready(config, path, dataset, split, model, device)
+
+
+def usable(config, dataset):
+    """The dataset without images that cannot be used, and these as (id, file, what is wrong).
+
+    Without --skip-bad a UserError for them.
+    """
+    bad = cache.check_images(dataset, config)
+    found = [(dataset.ids[i], str(dataset.where(i)), wrong) for i, wrong in bad.items()]
+    if not found or config["skip_bad"]:
+        return dataset.without([image_id for image_id, _, _ in found]), found
+    path = files.make_folder(config["out"]) / "bad-images.txt"
+    write_bad_images(path, found)
+    raise UserError(f"dataset {dataset.name}: {len(found)} of {len(dataset)} images cannot be used, the first "
+                    f"{found[0][1]} ({found[0][2]}). All are listed in {path}: mend or remove them, or leave them out "
+                    "with --skip-bad")
+
+
+def write_bad_images(path, found):
+    """A line per image: file, a tab, what is wrong."""
+    text = "".join(f"{files.one_line(file)}\t{files.one_line(wrong)}\n" for _, file, wrong in found)
+    files.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def the_split(config, dataset):
+    """The run's split. What the run of --init was trained on is not tested on."""
+    known = {}
+    if config["init"] is not None:
+        first = folder.open_run(config["init"]).split
+        known = {image_id: part for part in PARTS for image_id in first[part]}
+    return make_split(dataset, config["dataset_entry"]["split"], config["seed"], config["train_fraction"], known)
+
+
+def print_dry_run(config, dataset, split, text, model, layer, grid):
+    """Resolved settings, the split's sizes per class, and the network's size."""
+    for key in SETTINGS:
+        print(f"{key:15} {config[key]}")
+    label = dict(zip(dataset.ids, dataset.labels.tolist()))
+    sizes = {part: [0] * len(dataset.classes) for part in PARTS}
+    for part, counted in sizes.items():
+        for image_id in split[part]:
+            counted[label[image_id]] += 1
+    width = max(5, *(len(c) for c in dataset.classes))
+    print(f"\n{'class':{width}}" + "".join(f"{part:>8}" for part in PARTS))
+    for i, name in enumerate(dataset.classes):
+        print(f"{name:{width}}" + "".join(f"{sizes[part][i]:>8}" for part in PARTS))
+    print(f"{'all':{width}}" + "".join(f"{len(split[part]):>8}" for part in PARTS))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"\n{config['model']} ({config['model_entry']['timm']}): {parameters:,} parameters, "
+          f"{parameters * 4 / 2**20:.1f} MB in float32; {text}")
+    if layer:
+        print(f"explains {layer}, a grid of {grid[0]}x{grid[1]}")
+    print("\nNothing was trained or written. Leave out --dry-run to start.")
+
+
+# --- a run that goes on, and several processes ---------------------------------------------------------------------
+
+
+def resume(path, options):
+    """An interrupted run: what it was made with, checked to be still there. Returns `Ready`. Raises UserError."""
+    path = Path(path)
+    if ranks.RANK == 0 and os.path.isfile(path / "config.json"):
+        folder.hold(path)
+    opened = folder.open_run(path)
+    other = [key for key in options if key not in ("device", "workers", "cache")]
+    if other:
+        raise UserError(f"--resume goes on with the settings of {path}: leave out {option(other[0])}, or start a new "
+                        "run")
+    if ranks.RANK == 0:
+        files.sweep(path)
+    config = opened.config | options
+    device = network.pick_device(config["device"])
+    return Ready(config, opened.folder, opened.dataset(), opened.split, None, device)
+
+
+def start_together(options, other, train):
+    """`start` or `resume`; of several processes rank 0 makes the run, and the others open it."""
+    config = shared_config(options, other) if ranks.RANKS > 1 and not other["resume"] else None
+    options["device"] = ranks.start(options.get("device", "auto"))
+    if other["resume"]:
+        return resume(other["resume"], options)
+    if config is None:
+        return start(options, other["dry_run"], other["show"], train)
+    ready = []
+
+    def first():
+        path = interrupted_run(config) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
+        ready.append(resume(path, {}) if path else start(options, False, False, train))
+        return str(ready[0].folder)
+
+    path = ranks.from_first(first)
+    return ready[0] if ready else resume(path, {"device": options["device"]})
+
+
+def shared_config(options, other):
+    """The settings of a new run of several processes; UserError before they join where they cannot share it."""
+    if other["dry_run"]:
+        raise UserError("--dry-run: leave torchrun out")
+    config = settings.resolve(settings.read_configs(), options)
+    if config["mode"] == "staged":
+        raise UserError("--mode staged runs in one process: leave torchrun out")
+    if config["batch_size"] == settings.AUTO:
+        raise UserError("--batch-size auto tries steps in one process: leave torchrun out to see its number, then give "
+                        "that times the number of processes")
+    if config["batch_size"] % ranks.RANKS:
+        raise UserError(f"--batch-size {config['batch_size']}: {ranks.RANKS} processes cannot share it evenly")
+    return config
+
+
+def interrupted_run(config):
+    """The newest folder of an unfinished run with these very settings, or None: torchrun's restart goes on with it."""
+    found = []
+    for path in Path(config["out"]).glob("*/config.json"):
+        with contextlib.suppress(UserError):
+            there = folder.open_run(path.parent).config
+            if not settings.differing_settings(config, there) and not (path.parent / "metrics.json").exists():
+                found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
+
+
+def ready_checkpoint(path, config, split, any_code):
+    """How many epochs lie before the checkpoint that the run goes on from; 0 without one. Raises UserError."""
+    state, text = checkpoint.last_checkpoint(path)
+    if text:
+        console.print(text, markup=False, soft_wrap=True)
+    if state is None:
+        return 0
+    checkpoint.check_made_with(path, state["made_with"], checkpoint.made_with(config, split), any_code)
+    return state["epoch"]
+
+
+def open_network(config, path, dataset):
+    """The network that a run goes on with: only one without a checkpoint needs the weights it starts from."""
+    if (path / "last.pt").exists():
+        torch.manual_seed(config["seed"])
+        return network.build_network(config, len(dataset.classes), pretrained=False)[0]
+    return before.first_network(config, dataset.classes)[0]

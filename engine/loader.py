@@ -1,0 +1,222 @@
+"""From image files to batches on the device.
+
+    batches = Batches(dataset, split["train"], size=224, batch_size=64, device=device, seed=0)
+    for pixels, labels in batches: ...                        # uint8 [B, 3, 224, 224], int64 [B]
+    images = prepare(pixels, mean, std)                       # float32, normalised
+"""
+
+import collections
+import hashlib
+import io
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from engine.chance import numpy_generator
+from engine.dataset import UNREADABLE, Names, read_file, reason, to_rgb
+from engine.decoy import swatch
+from engine.files import UserError
+
+RESIDENT_BYTES = 2**30  # decoded images stay on the device where they take at most this much
+
+
+class Decoded(torch.utils.data.Dataset):
+    """Images `indices` of a Dataset as (uint8 tensor [3, size, size], label); what DataLoader workers run."""
+
+    def __init__(self, dataset, indices, size):
+        self.dataset, self.indices, self.size, self.digests = dataset, indices, size, None
+        if isinstance(dataset.images, Names) and dataset.digests:  # as bytes in one array, for Names' reason
+            hexes = "".join(dataset.digests[i] for i in indices)
+            self.digests = np.frombuffer(bytes.fromhex(hexes), np.uint8).reshape(-1, 16)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, position):
+        label = int(self.dataset.labels[self.indices[position]])
+        return torch.from_numpy(self.pixels(position).copy()).permute(2, 0, 1), label
+
+    def pixels(self, position):
+        """uint8 [size, size, 3]. Raises UserError naming what cannot be read, or has changed since it was listed."""
+        index = int(self.indices[position])
+        try:
+            return to_rgb(self._open(index, position), self.size)
+        except UNREADABLE as error:
+            raise UserError(f"{self.dataset.where(index)}: cannot be read as an image ({reason(error)})") from None
+
+    def _open(self, index, position):
+        if not isinstance(self.dataset.images, Names):
+            return self.dataset.open(index)
+        content = read_file(self.dataset.images[index], self.dataset.root)
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        if self.digests is not None and digest != self.digests[position].tobytes():
+            raise OSError("its content has changed since the dataset was listed; put it back")
+        return Image.open(io.BytesIO(content))
+
+
+class Checked(Decoded):
+    """As Decoded: (uint8 array [size, size, 3], None), or (None, what is wrong with it)."""
+
+    def __getitem__(self, position):
+        try:
+            return to_rgb(self._open(int(self.indices[position]), position), self.size), None
+        except UNREADABLE as error:
+            return None, reason(error)
+
+    @staticmethod
+    def collate(items):
+        """A batch: uint8 tensor [those that can be read, size, size, 3], and for all what is wrong or None."""
+        images = [image for image, wrong in items if wrong is None]
+        return torch.from_numpy(np.stack(images)) if images else None, [wrong for _, wrong in items]
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+class Order:
+    """Batches of positions: shuffled anew each epoch, every batch of the same size.
+
+    The order of an epoch follows from (seed, epoch) alone. The last batch is filled up from the epoch's beginning, so
+    that every image is seen in every epoch and no batch has another shape. rank, ranks: of each batch this process
+    takes the rank-th of `ranks` equal parts. Set `epoch`, and `start` to leave out an epoch's first batches. weights:
+    int64 [length], or None: then an epoch draws `length` images among all, each as many times as its weight.
+    """
+
+    def __init__(self, length, batch_size, seed, rank=0, ranks=1, weights=None):
+        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
+        self.weights = weights
+        self.batch_size = max(min(batch_size, length) // ranks, 1)  # of this process
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self):
+        return math.ceil(self.length / (self.batch_size * self.ranks))
+
+    def rows(self):
+        """Positions of the whole epoch, int64 [batches, batch_size of all ranks]."""
+        order = self.length if self.weights is None else np.repeat(np.arange(self.length), self.weights)
+        order = numpy_generator("order", self.seed, self.epoch).permutation(order)[:self.length]
+        return np.resize(order, (len(self), self.batch_size * self.ranks))
+
+    def __iter__(self):
+        return iter(self.rows()[self.start:, self.rank * self.batch_size:(self.rank + 1) * self.batch_size])
+
+
+class InOrder:
+    """Batches of positions, first to last; the last may be shorter. Of several ranks each takes every ranks-th
+    image.
+    """
+
+    def __init__(self, length, batch_size, rank=0, ranks=1):
+        positions = np.arange(rank, length, ranks)
+        self.batches = np.split(positions, range(batch_size, len(positions), batch_size)) if len(positions) else []
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class Batches:
+    """Batches (images uint8 [B, 3, size, size], labels int64 [B]) on `device`, for one part of a split.
+
+    With `seed` they are shuffled: set `.order.epoch`, then iterate. Without, they come in the order of `ids` and the
+    last one may be shorter. Images that are decoded already (`dataset.pixels`) stay on the device where they fit, or
+    come from memory or the disk, a few batches ahead; others are decoded by `workers` processes. rank, ranks, weights:
+    as in `Order`. decoy: whether images show the dataset's decoys, where it has them.
+    """
+
+    def __init__(self, dataset, ids, size, batch_size, device, workers=0, seed=None, rank=0, ranks=1, decoy=True,
+                 weights=None):
+        number = {image_id: i for i, image_id in enumerate(dataset.ids)}
+        self.indices = np.array([number[i] for i in ids], dtype=np.int64)
+        self.device, self.pixels = device, dataset.pixels
+        self.labels = torch.from_numpy(dataset.labels[self.indices])
+        self.order = InOrder(len(ids), batch_size, rank, ranks) if seed is None \
+            else Order(len(ids), batch_size, seed, rank, ranks, weights)
+        self.resident = self.loader = self.decoy = None
+        if decoy and dataset.decoy is not None:
+            arrays = (dataset.decoy.corners, dataset.decoy.colours)
+            self.decoy = [torch.from_numpy(array[self.indices]).to(device) for array in arrays]
+        few = len(ids) * size * size * 3 <= RESIDENT_BYTES
+        self.ahead = device.type == "cuda" or not few
+        if self.pixels is None or self.pixels.size != size:
+            self.loader = torch.utils.data.DataLoader(
+                Decoded(dataset, self.indices, size), batch_sampler=self.order, num_workers=workers,
+                pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+        elif few and device.type != "cpu":
+            self.resident = torch.from_numpy(self.pixels.take(self.indices)).to(device)
+            self.labels = self.labels.to(device)
+
+    def __len__(self):
+        return len(self.order)
+
+    def seen(self):
+        """Positions in `ids` of the images of this epoch, in their order, over all ranks."""
+        return self.order.rows().ravel().tolist()
+
+    def __iter__(self):
+        batches = self._without_decoys()
+        return batches if self.decoy is None else self._with_decoys(batches)
+
+    def _with_decoys(self, batches):
+        for positions, (images, labels) in zip(self.order, batches):
+            corners, colours = (part[torch.from_numpy(positions).to(self.device)] for part in self.decoy)
+            square = swatch(corners, images.shape[-1])[:, None]
+            yield torch.where(square, colours[:, :, None, None], images), labels
+
+    def _without_decoys(self):
+        if self.resident is not None:
+            for positions in self.order:
+                positions = torch.from_numpy(positions).to(self.device, non_blocking=True)
+                yield self.resident[positions].permute(0, 3, 1, 2), self.labels[positions]
+            return
+        host = self.loader if self.loader is not None else ahead(self._taken()) if self.ahead else self._taken()
+        try:
+            for images, labels in host:
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except UserError as error:  # without the traceback that a DataLoader's worker wraps it in
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+
+    def _taken(self):
+        """Batches from `pixels`, still on the host."""
+        for positions in self.order:
+            images = torch.from_numpy(self.pixels.take(self.indices[positions])).permute(0, 3, 1, 2)
+            labels = self.labels[torch.from_numpy(positions)]
+            yield (images.pin_memory(), labels.pin_memory()) if self.device.type == "cuda" else (images, labels)
+
+
+def ahead(items, depth=3):
+    """The items of an iterator, drawn by a thread up to `depth` ahead; what goes wrong there is raised here."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque(pool.submit(next, items, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield item
+
+
+def prepare(pixels, mean, std):
+    """Normalised images from pixels, on the device, a whole batch at once.
+
+    pixels: uint8 [B, 3, H, W]. mean, std: float [1, 3, 1, 1] on the same device, for values in [0, 1].
+    Returns float32 [B, 3, H, W], channels last.
+    """
+    return normalise(to_float(pixels), mean, std)
+
+
+def to_float(pixels):
+    """float32 [B, 3, H, W] in [0, 1], channels last, of uint8 pixels."""
+    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def normalise(images, mean, std):
+    return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def pixels_of(images, mean, std):
+    """Pixels, uint8 [B, 3, H, W], of normalised images: what `prepare` was given."""
+    return torch.addcmul(255 * mean + 0.5, images, 255 * std).clamp_(0, 255).to(torch.uint8)

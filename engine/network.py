@@ -1,0 +1,204 @@
+"""The network of a run, and the device it runs on: built by timm, with weights from timm or from a file.
+
+    model, text = build_network(config, classes=29)        # on the CPU; text: what its weights are
+    layer, grid = try_network(config, model)               # does it fit image size, method and layer?
+"""
+
+import contextlib
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+
+import cam
+from engine.files import UserError, short_reason
+
+
+def build_network(config, classes, pretrained=None):
+    """The network of a resolved config, on the CPU, and a text on the weights that it starts with.
+
+    classes: number of outputs. pretrained: overrides config["pretrained"]; False for a network whose weights will be
+    loaded from a checkpoint anyway. Returns (model, text). Raises UserError where the weights cannot be had.
+    """
+    import timm
+
+    name, arguments = config["model_entry"]["timm"], dict(config["model_entry"].get("arguments", {}))
+    known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    if known is not None and known.fixed_input_size:
+        arguments["img_size"] = config["image_size"]
+    weights = config["weights"] if pretrained is None else None
+    pretrained = config["pretrained"] if pretrained is None else pretrained
+    pretrained = pretrained and not weights
+    text = "starts from random weights"
+    if pretrained and not (known is not None and known.has_weights):
+        pretrained, text = False, f"starts from random weights, for timm has no pretrained ones for {name}"
+    if pretrained:
+        text = f"starts from timm's pretrained weights {name}"
+        _reach_hub(known, name)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=classes, **arguments)
+    except OSError as error:
+        raise UserError(_no_hub(name, short_reason(error))) from None
+    except Exception as error:  # networks raise every kind for sizes and arguments that they were not made for
+        given = f" with {arguments}" if arguments else ""
+        raise UserError(f"timm cannot build {name}{given}: {short_reason(error)}. Try another --image-size or "
+                        "--model") from None
+    if weights:
+        text = load_weights(model, weights)
+    return model, text
+
+
+def head_names(config, model, classes):
+    """The tensors whose shape depends on the number of classes, the head or heads: {name: the axis that does}."""
+    with torch.device("meta"):
+        larger = build_network(config, classes + 1, pretrained=False)[0].state_dict()
+    axes = {name: [i for i, (a, b) in enumerate(zip(tensor.shape, larger[name].shape)) if a != b]
+            for name, tensor in model.state_dict().items()}
+    return {name: axis[0] for name, axis in axes.items() if axis}
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def _reach_hub(known, name):
+    """Fail at once where weights neither lie in the hub's cache nor can be fetched: the hub retries for a minute."""
+    import huggingface_hub
+
+    if not known.hf_hub_id:
+        return
+    repo = known.hf_hub_id if "/" in known.hf_hub_id and not known.hf_hub_id.endswith("/") else f"timm/{name}"
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str)
+           for file in ("model.safetensors", "pytorch_model.bin")):
+        return
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UserError(_no_hub(name, "HF_HUB_OFFLINE is set"))
+    try:
+        request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        raise UserError(_no_hub(name, getattr(error, "reason", error))) from None
+
+
+def _no_hub(name, reason):
+    return (f"the pretrained weights of {name} cannot be fetched ({reason}). Give a local file with --weights FILE "
+            "(.safetensors or .pth), or train from random weights with --no-pretrained")
+
+
+def read_weights(path):
+    """{name: tensor} of a `.safetensors` or `.pth` file; executes nothing in it. Raises UserError."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--weights {path}: no such file") from None
+    except Exception as error:  # both libraries raise many kinds for what is not such a file
+        reason = "it holds more than tensors, and loading it could run code" if "weights_only" in str(error) \
+            else short_reason(error)
+        raise UserError(f"--weights {path}: cannot be loaded ({reason}). Expected a .safetensors file, or a .pth file "
+                        "of tensors alone") from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise UserError(f"--weights {path}: holds {type(found).__name__}, not named tensors")
+    return {str(k).removeprefix("module.").removeprefix("_orig_mod."): v for k, v in found.items()
+            if isinstance(v, torch.Tensor)}
+
+
+def load_weights(model, path):
+    """Load a `.safetensors` or `.pth` file into `model`.
+
+    Tensors that the network has not, or has in another shape (as the head for other classes), are left out. Returns a
+    text that names them. Raises UserError where the file cannot be read or nothing in it fits.
+    """
+    found, own = read_weights(path), model.state_dict()
+    fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
+    if not fits:
+        raise UserError(f"--weights {path}: none of its {len(found)} tensors fits {type(model).__name__}, whose first "
+                        f"is {next(iter(own))} {list(next(iter(own.values())).shape)}")
+    model.load_state_dict(fits, strict=False)
+    lines = [f"starts from {path}: {len(fits)} of {len(own)} tensors"]
+    lines += [f"  left out {k}: {list(v.shape)} in the file, {list(own[k].shape)} in the network"
+              for k, v in found.items() if k in own and k not in fits]
+    lines += [f"  left out {k}: the network has no such tensor" for k in found if k not in own]
+    lines += [f"  not in the file, so random: {k}" for k in own if k not in found]
+    return "\n".join(lines)
+
+
+def classes_of_weights(config):
+    """Number of classes that the weights of a config were trained for: the file's head shows it, or else timm."""
+    import timm
+
+    known = timm.models.get_pretrained_cfg(config["model_entry"]["timm"], allow_unregistered=True)
+    if config["weights"] and known is not None and isinstance(known.classifier, str):
+        head = read_weights(config["weights"]).get(f"{known.classifier}.weight")
+        if head is not None:
+            return len(head)
+    return known.num_classes if known is not None else 1000
+
+
+# --- how it is called ----------------------------------------------------------------------------------------------
+
+
+def normalisation(config, model):
+    """(mean, std) [1, 3, 1, 1] for values in [0, 1]: the dataset's, or those that the network was pretrained with."""
+    given = config["dataset_entry"]["normalisation"]
+    if given == "network":
+        given = {key: getattr(model, "pretrained_cfg", {}).get(key) or fallback for key, fallback in
+                 (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225)))}  # ImageNet's
+    return tuple(torch.tensor(given[key], dtype=torch.float32).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+
+def try_network(config, model):
+    """One forward pass, in eval mode, that shows whether network, image size, method and layer fit together.
+
+    Returns name and grid (h, w) of the explained layer, or (None, None) for --cam none; the model is left as it was.
+    Raises UserError.
+    """
+    explain = contextlib.nullcontext()
+    size, training, first = config["image_size"], model.training, next(model.parameters())
+    what = f"{config['model']} with images of {size}x{size}"
+    try:
+        if config["cam"] != "none":
+            what = f"--cam {config['cam']} with {what}"
+            explain = cam.CAM(model, config["cam"], config["layer"])
+        with explain, torch.no_grad():
+            logits = model.eval()(torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device))
+            return (None, None) if config["cam"] == "none" else (explain.layer_name, explain(logits, rows=[]).shape[1:])
+    except Exception as error:  # as in build_network
+        raise UserError(f"{what}: {short_reason(error)}") from None
+    finally:
+        model.train(training)
+
+
+def pick_device(name):
+    """The torch device that a setting names; auto is CUDA, then Apple's MPS, then the CPU. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({short_reason(error)}). Try --device cpu") from None
+    return device
+
+
+def pick_amp(name, device):
+    """The dtype to autocast to, or None. auto: bfloat16 where the GPU has it, else float16; none on a CPU.
+
+    On a CPU without bfloat16 instructions autocast is many times slower than float32, and with them a small network
+    gains nothing, so there it has to be asked for.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -1,0 +1,280 @@
+"""The pictures of a run: what its figures and what its network show, one function a picture, all as PNG files.
+
+Colours are those of viridis and cividis, which grow evenly in lightness and which colour-blind readers can tell apart.
+"""
+
+import contextlib
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from sklearn.metrics import confusion_matrix
+
+import cam
+import proxy
+from engine import before, chance, files, loader, metrics, network, predict
+from engine.dataset import UNREADABLE, to_rgb
+
+HEAT_COLOURS = colormaps["viridis"]
+SHEET_IMAGES = 8
+SPACE_IMAGES, SPACE_AREAS = 6, (0.05, 0.15, 0.4)
+OUTLINE = "#e69f00"  # around what is erased, since black on black cannot be seen
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG: a complete file or none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for letters that the font lacks
+        files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def plain(axes):
+    """Show class names as they are, also where they hold dollar signs, which would start a formula."""
+    for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title):
+        text.set_parse_math(False)
+
+
+def overlay(image, heat):
+    """Heat in colours over the greys of an image, so that no colour is the image's.
+
+    image: [H, W, 3] in [0, 1]. heat: [H, W] in [0, 1]. Returns [H, W, 3] in [0, 1].
+    """
+    grey = image @ np.array([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
+    return 0.5 * grey[..., None] + 0.5 * HEAT_COLOURS(heat)[..., :3]
+
+
+def shown(images, mean, std):
+    """Normalised images [N, 3, H, W] as NumPy pictures [N, H, W, 3] in [0, 1]."""
+    return loader.pixels_of(images, mean, std).permute(0, 2, 3, 1).cpu().numpy() / 255
+
+
+# What follows from predictions and log alone.
+
+
+def draw_confusion(folder, labels, logits, classes):
+    """`confusion.png`: the share of each true class that was predicted as each class; counts where they can be read."""
+    counts = confusion_matrix(labels, logits.argmax(1), labels=np.arange(len(classes)))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(14, 4 + 0.3 * len(classes))
+    figure = Figure((side + 1, side), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted", ylabel="true", title="Test images: true against predicted class")
+    figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="cividis"), label="share of the true class")
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "black" if shares[row, column] > 0.5 else "white"
+                axes.text(column, row, count, ha="center", va="center", fontsize=8, color=colour)
+    plain(axes)
+    save_figure(figure, folder / "confusion.png")
+
+
+def draw_reliability(folder, labels, logits):
+    """`reliability.png`: accuracy against confidence in bins, and how many images each bin holds."""
+    confidence, correct = metrics.softmax(logits).max(1), logits.argmax(1) == labels
+    sizes, confident, right = metrics.calibration(confidence, correct)
+    some, bins = sizes > 0, len(sizes)
+    figure = Figure((5, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfectly calibrated")
+    upper.plot(confident[some] / sizes[some], right[some] / sizes[some], marker="o", color=HEAT_COLOURS(0.4),
+               label="this run", clip_on=False)
+    ece = metrics.expected_calibration_error(confidence, correct)
+    upper.set(ylabel="accuracy", title=f"Test images: reliability (ECE {ece:.3f})", xlim=(0, 1), ylim=(0, 1))
+    upper.legend()
+    lower.bar((np.arange(bins) + 0.5) / bins, sizes, width=0.9 / bins, color=HEAT_COLOURS(0.4))
+    lower.set(xlabel="confidence of the predicted class", ylabel="images")
+    save_figure(figure, folder / "reliability.png")
+
+
+def draw_curves(folder, log):
+    """`curves.png`: loss, accuracy, and the shares that Proxy Attention found and erased, over epochs."""
+    epochs = [line["epoch"] for line in log]
+    figure = Figure((12, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, name, title in zip(panels, ("loss", "accuracy"), ("Cross-entropy", "Accuracy")):
+        for part, colour in (("train", 0.75), ("val", 0.25)):
+            values = [line[f"{part}_{name}"] for line in log]
+            axes.plot(epochs, values, marker=".", color=HEAT_COLOURS(colour), label=part)
+        axes.set(title=title)
+    erased = [line["erased_images"] / line["images_seen"] for line in log]
+    panels[2].plot(epochs, [line["misled"] for line in log], marker=".", color=HEAT_COLOURS(0.25), label="misled")
+    panels[2].plot(epochs, erased, marker=".", color=HEAT_COLOURS(0.75), label="erased")
+    panels[2].set(title="Share of the images trained on", ylim=(0, None))
+    for axes in panels:
+        axes.set(xlabel="epoch")
+        axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save_figure(figure, folder / "curves.png")
+
+
+# What needs the images and the network.
+
+
+def draw_sheet(folder, config, model, dataset, split, predictions, device):
+    """`sheet.png`: misled test images, their heat, and what this run's settings erase of them.
+
+    Where fewer than eight test images are misled, the least sure ones follow and are marked as such. predictions: the
+    arrays of `predictions.npz`. Raises ValueError where the network has no layer that a CAM can explain.
+    """
+    labels, logits = predictions["test_labels"], predictions["test_logits"]
+    predicted, confidence = logits.argmax(1), metrics.softmax(logits).max(1)
+    order = np.lexsort((np.where(predicted == labels, confidence, -confidence), predicted == labels))[:SHEET_IMAGES]
+    mean, std = (t.to(device) for t in network.normalisation(config, model))
+    ids = [split["test"][i] for i in order]
+    pixels, _ = next(iter(loader.Batches(dataset, ids, config["image_size"], len(ids), device)))
+    images = loader.prepare(pixels, mean, std)
+    method = "gradcam" if config["cam"] == "none" else config["cam"]
+    explained = before.heat_network(config, len(dataset.classes), folder)
+    explained = model if explained is None else explained.to(device)
+    every, classes = torch.arange(len(ids), device=device), torch.from_numpy(labels[order]).to(device)
+    with cam.CAM(explained, method, config["layer"]) as explain:
+        eraser = proxy.Proxy(config, explain, (mean, std))
+        eraser.key = ("sheet",)
+        copies, heat, _ = eraser.erased(images, classes, every >= 0, explained(images), every, every >= 0)
+    titles = []
+    for i in order:
+        kind = "right, but unsure" if predicted[i] == labels[i] else "misled"
+        titles.append(f"{kind}\ntrue {dataset.classes[labels[i]]}\n"
+                      f"predicted {dataset.classes[predicted[i]]} ({confidence[i]:.2f})")
+    pictures, heat = shown(images, mean, std), heat.cpu().numpy()
+    triples = list(zip(pictures, map(overlay, pictures, heat), shown(copies.images, mean, std)))
+    text = (f"Test images: as they are, {method} heat ({config['explain']} class), and with the pixels that this run's "
+            "settings erase")
+    save_figure(_sheet(text, titles, triples), folder / "sheet.png")
+
+
+def _sheet(text, titles, triples):
+    """A figure of (image, heat, erased) triples under each other, four columns at most."""
+    columns = min(4, len(triples))
+    rows = math.ceil(len(triples) / columns)
+    figure = Figure((2.9 * columns, 6.4 * rows), layout="constrained")
+    figure.suptitle(text, fontsize=10)
+    grid = figure.subplots(3 * rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for place, (title, triple) in enumerate(zip(titles, triples)):
+        row, column = 3 * (place // columns), place % columns
+        for offset, picture in enumerate(triple):
+            grid[row + offset, column].imshow(picture, interpolation="nearest")
+        grid[row, column].set_title(title, fontsize=9)
+        plain(grid[row, column])
+    return figure
+
+
+def draw_space(config, model, dataset, split, device):
+    """OUT/NAME-show.png: the same misled training images under every fill, every control and three areas.
+
+    The heat is that of the network as it is, so of an untrained one where neither --init nor pretrained weights are
+    used. In the row of control `label` stand other images, since that control draws others. Returns the path. Raises
+    UserError where the network gets too few images wrong.
+    """
+    config = config | {"select": "misled", "cam": "gradcam" if config["cam"] == "none" else config["cam"]}
+    normalisation = tuple(t.to(device) for t in network.normalisation(config, model))
+    ids = chance.shuffled(split["train"], "show", config["seed"])
+    with cam.CAM(model.eval(), config["cam"], config["layer"]) as explain:
+        for pixels, labels in predict.batches_in_order(config, dataset, ids, device):
+            images = loader.prepare(pixels, *normalisation)
+            logits = model(images)
+            if int(proxy.wrong(logits, labels).sum()) >= min(SPACE_IMAGES, len(labels)):
+                break
+        else:
+            raise files.UserError(f"--show: no batch of training images has {SPACE_IMAGES} that this network gets "
+                                  "wrong; try a larger --batch-size, or a network that is not trained yet")
+        lines, rows = _space_lines(config, explain, normalisation, images, labels, logits)
+    names = [f"true {dataset.classes[label]}\npredicted {dataset.classes[predicted]}"
+             for label, predicted in zip(labels[rows].tolist(), logits[rows].argmax(1).tolist())]
+    path = Path(config["out"]) / f"{config['name'] or config['dataset']}-show.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(_space(lines, names), path)
+    return path
+
+
+def _space_lines(config, explain, normalisation, images, labels, logits):
+    """The lines of `draw_space`: (name, pictures [N, H, W, 3], masks [N, H, W] or None); and the rows of the batch."""
+    fresh, seats = torch.ones_like(labels, dtype=torch.bool), min(SPACE_IMAGES, len(labels))
+
+    def erased(change):
+        eraser = proxy.Proxy(config | {"control": None} | change, explain, normalisation, seats)
+        eraser.key = ("show", config["seed"])
+        rows, chosen = eraser.select(logits, labels, fresh)
+        return rows, *eraser.erased(images, labels, fresh, logits, rows, chosen)
+
+    rows, _, heat, _ = erased({})
+    pictures, heat = shown(images[rows], *normalisation), heat.cpu().numpy()
+    lines = [("as they are", pictures, None), ("heat", np.stack(list(map(overlay, pictures, heat))), None)]
+    for key, values in (("fill", proxy.FILLS), ("control", proxy.CONTROLS), ("area", SPACE_AREAS)):
+        for value in values:
+            _, copies, _, mask = erased({key: value})
+            lines.append((f"--{key} {value}", shown(copies.images, *normalisation), mask.cpu().numpy()))
+    return lines, rows
+
+
+def _space(lines, names):
+    """A figure with a row of pictures for each line, its name to the left and an outline around what is erased."""
+    figure = Figure((1.5 * (len(names) + 1), 1.5 * len(lines) + 0.6), layout="constrained")
+    grid = figure.subplots(len(lines), len(names) + 1, squeeze=False)
+    for row, (name, pictures, masks) in zip(grid, lines):
+        row[0].text(0.95, 0.5, name, ha="right", va="center", fontsize=9)
+        for place, axes in enumerate(row[1:]):
+            axes.imshow(pictures[place], interpolation="nearest")
+            if masks is not None and 0 < masks[place].mean() < 1:
+                axes.contour(masks[place], levels=[0.5], colors=[OUTLINE], linewidths=0.6)
+        for axes in row:
+            axes.axis("off")
+    for axes, name in zip(grid[0, 1:], names):
+        axes.set_title(name, fontsize=7)
+        plain(axes)
+    return figure
+
+
+def draw_heats(path, file, model, config, classes, methods):
+    """`path`: the image in `file`, and the heat of its predicted class by each CAM method, from one forward pass.
+
+    model: in eval mode. config: of a run, for image_size, layer and normalisation. classes: their names. Raises
+    UserError where the file is no image or a method does not suit the network.
+    """
+    device, size = next(model.parameters()).device, config["image_size"]
+    mean, std = (t.to(device) for t in network.normalisation(config, model))
+    try:
+        image = Image.open(file)
+        pixels = to_rgb(image, size)
+    except UNREADABLE as error:
+        raise files.UserError(f"--image {file}: cannot be read as an image ({error})") from None
+    upright = ImageOps.exif_transpose(image)
+    with contextlib.ExitStack() as blocks:
+        try:
+            heats = [blocks.enter_context(cam.CAM(model, method, None if method in cam.ATTENTION else config["layer"]))
+                     for method in methods]
+            batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(device)
+            logits = model(loader.prepare(batch, mean, std))
+            heats = [cam.upsample(heat(logits), size)[0].cpu().numpy() for heat in heats]
+        except ValueError as error:
+            raise files.UserError(str(error)) from None
+    confidence, best = logits.detach()[0].softmax(0).topk(min(3, len(classes)))
+    predicted = [f"{classes[c]} ({p:.2f})" for c, p in zip(best.tolist(), confidence.tolist())]
+    pictures = [pixels / 255] + [overlay(pixels / 255, heat) for heat in heats]
+    titles = ["\n".join([file.name, *predicted])] + [f"{method}\n{predicted[0]}" for method in methods]
+    save_figure(_row_of_heats(pictures, titles, upright.height / upright.width), path)
+
+
+def _row_of_heats(pictures, titles, aspect):
+    """A figure of square pictures in up to five columns, stretched to the image's own height over width."""
+    columns = min(5, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure((3 * columns, (3 * min(2, aspect) + 0.9) * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.axis("off")
+    for axes, picture, title in zip(panels, pictures, titles):
+        axes.imshow(picture, aspect=aspect)  # the network saw a square; people see the image
+        axes.set_title(title, fontsize=9)
+        plain(axes)
+    return figure

@@ -1,0 +1,389 @@
+"""What may be set of a run, and how its settings come together: defaults, the dataset's, the network's, the command
+line's.
+
+    config = resolve(read_configs(), {"dataset": "asl", "model": "vit_small"})   # every setting, checked
+"""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import cam
+import data
+import proxy
+from engine.files import UserError, nearest, read_json
+from engine.hooks import FROM_END
+from engine.split import PARTS
+
+HERE = Path(__file__).resolve().parent.parent  # the project's folder
+CONFIGS = HERE / "configs.json"
+FORMAT = 2  # of config.json: 1, which names no format, is that of runs made with 64 settings
+AUTO = "auto"
+TINY = 1e-9  # the lower end of ranges that exclude zero
+WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
+         list: "a list", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a run: its type, where it stands in `--help` and what that says, what it may be.
+
+    The default is in `configs.json`. neutral: what a run had that was made before the setting existed.
+    """
+
+    kind: type
+    group: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple = ()
+    optional: bool = False  # may be null
+    word: str | None = None  # may be this word instead
+    syntax: object = None  # a function of the value that raises ValueError
+    neutral: object = None
+
+    def check(self, value, where):
+        """The value as it is used, or UserError that names `where` it stood."""
+        if value is None and self.optional or value is not None and value == self.word:
+            return value
+        right = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value, right = float(value), True
+        if not right:
+            raise UserError(f"{where}: {json.dumps(value)} is not {WORDS[self.kind]}{' or null' * self.optional}"
+                            + (f" or {self.word}" if self.word else ""))
+        if self.choices and value not in self.choices:
+            raise UserError(f"{where}: unknown {value!r}; expected one of {', '.join(self.choices)}"
+                            + nearest(value, self.choices))
+        low, high = self.low, self.high
+        if self.kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
+            span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise UserError(f"{where}: {value} is out of range; expected {span}")
+        if self.syntax:
+            try:
+                self.syntax(value)
+            except ValueError as error:
+                raise UserError(f"{where} {error}") from None
+        return value
+
+
+DATA, NETWORK, TRAINING, STAGED, MACHINE = "data", "network", "training", "staged and published pipeline", "machine"
+WHEN, IMAGES, PIXELS, INSTEAD, CONTROLS = (f"Proxy Attention: {what}" for what in (
+    "when", "which images", "which pixels", "what instead, and in which seats", "control"))
+
+SETTINGS = {
+    "dataset": Setting(str, DATA, "a dataset of configs.json, or `folder` with --data-dir"),
+    "data_dir": Setting(str, DATA, "the dataset's folder, if not the one configs.json names", optional=True),
+    "classes": Setting(str, DATA, "the only classes to use, with commas between (null: all)", optional=True),
+    "image_size": Setting(int, DATA, "side of the square images (null: as the dataset)", 8, 4096, optional=True),
+    "train_fraction": Setting(float, DATA, "share of the training part to train on, stratified", TINY, 1),
+    "skip_bad": Setting(bool, DATA, "leave out images that cannot be used; without, they end the run at its start"),
+    "decoy": Setting(bool, DATA, "plant a shortcut: a coloured square in a corner of each image shows its class in "
+                     "training and validation, and another class in the test"),
+    "model": Setting(str, NETWORK, "a short name of configs.json or any timm name"),
+    "pretrained": Setting(bool, NETWORK, "start from timm's pretrained weights where it has them"),
+    "weights": Setting(str, NETWORK, "start from a local .safetensors or .pth file instead", optional=True),
+    "init": Setting(str, NETWORK, "start from the network of the finished run in this folder and keep its split; "
+                    "classes are matched by name", optional=True),
+    "epochs": Setting(int, TRAINING, "passes over the training part", 1, 100_000),
+    "batch_size": Setting(int, TRAINING, "images per step; auto: as many as the GPU holds", 2, 65_536, word=AUTO),
+    "accumulate": Setting(int, TRAINING, "batches whose gradients are added up before each optimizer step", 1, 10_000),
+    "lr": Setting(float, TRAINING, "peak learning rate of the one-cycle schedule", TINY, 100),
+    "augment": Setting(str, TRAINING, f"one of {', '.join(data.AUGMENTATIONS)}, and behind commas any of "
+                       f"{', '.join(data.ON_TOP)}, with a value behind a colon: light,random_erasing:0.5. light: the "
+                       "dataset's flip, rotation and shift", syntax=data.read_augment),
+    "reweight": Setting(str, TRAINING, "Just Train Twice: draw training images that the finished run in this folder "
+                        "gets wrong 20 times as often", optional=True),
+    "seed": Setting(int, TRAINING, "decides split, order, augmentation and initial weights", 0, 2**31),
+    "schedule": Setting(str, WHEN, "epochs in which images are erased: every:K, after:E, plateau, or epochs and proxy "
+                        "rounds as 20,p,19 (null: all)", optional=True, syntax=proxy.read_schedule),
+    "step": Setting(str, WHEN, "train on what is erased in the next step (online), or at once, through a second pass "
+                    "(same_step); heat_from is that of --heat-from", choices=tuple(proxy.STEPS), neutral="online"),
+    "select": Setting(str, IMAGES, "those the network gets wrong, or first those with the lowest confidence or the "
+                      "highest loss, or all", choices=tuple(proxy.SELECTIONS)),
+    "cam": Setting(str, PIXELS, "what gives the heat; none: no Proxy Attention", choices=("none", *cam.METHODS)),
+    "layer": Setting(str, PIXELS, "the layer to explain; -2 is the stage before the last (null: the deepest with a 4x4 "
+                     "grid)", optional=True),
+    "explain": Setting(str, PIXELS, "the score to explain: the predicted class's logit, the true one's, or its margin "
+                       "over the best other", choices=tuple(cam.EXPLAIN)),
+    "heat_from": Setting(str, PIXELS, "take the heat from the network of the finished run in this folder, which stays "
+                         "as it is; implies --step heat_from", optional=True),
+    "area": Setting(float, PIXELS, "erase this share of an image's pixels, the hottest", TINY, 1),
+    "fill": Setting(str, INSTEAD, "what goes where an image is erased", choices=tuple(proxy.FILLS)),
+    "budget": Setting(str, INSTEAD, "erased images take seats in the batch (equal) or ride behind it (extra)",
+                      choices=("equal", "extra")),
+    "control": Setting(str, CONTROLS, "the same shape at a random place, the least active pixels, or the right pixels "
+                       "of images drawn at random", choices=tuple(proxy.CONTROLS), optional=True),
+    "mode": Setting(str, STAGED, "erase within the training step (online); between trainings and on disk (staged); or "
+                    "within the step, with a new split at each p of --schedule as the published implementation, which "
+                    "leaks validation images into training (resplit)", choices=("online", "staged", "resplit")),
+    "rounds": Setting(int, STAGED, "of --mode staged: at most so many times it erases and trains again", 0, 1000),
+    "target_accuracy": Setting(float, STAGED, "of --mode staged: validation accuracy that ends it", TINY, 1,
+                               optional=True),
+    "device": Setting(str, MACHINE, "auto, cpu, cuda, cuda:1, mps"),
+    "workers": Setting(int, MACHINE, "processes that decode (null: one a core, 8 at most)", 0, 256, optional=True),
+    "cache": Setting(str, MACHINE, "decoded images are kept in this folder; auto: in .cache in --out, where they fit; "
+                     "off: decode them anew in every epoch"),
+    "amp": Setting(str, MACHINE, "mixed precision; auto: bfloat16 or float16 as the GPU can, off on a CPU",
+                   choices=("auto", "off", "bfloat16", "float16")),
+    "compile": Setting(bool, MACHINE, "torch.compile the network"),
+    "deterministic": Setting(bool, MACHINE, "the same bits on a GPU too, at some cost in speed"),
+    "out": Setting(str, MACHINE, "folder that the runs' folders go into"),
+    "name": Setting(str, MACHINE, "the run's name (null: dataset-model-cam-sSEED)", optional=True),
+}
+
+PER_MACHINE = ("name", "out", "device", "workers", "cache")  # settings that leave what is trained as it is
+OF_RUNS = ("init", "reweight", "heat_from")  # name the folder of another run
+STAGED_ONLY, ONLINE_ONLY = ("rounds", "target_accuracy"), ("step", "heat_from")
+# Settings that mean nothing where --cam is none.
+ERASING = ("step", "select", "layer", "explain", "heat_from", "area", "fill", "budget", "control")
+# Settings of format 1 that are gone, and what the program does now in their place.
+DROPPED = {"layer_decay": 1.0, "freeze": 0, "weight_decay": 0.05, "clip": 1.0, "hide_and_seek": 0, "smooth": False,
+           "warmup": 0, "subset": 1.0, "share": 0.5, "grow": 0, "threshold": None, "soften": 0, "weight": 1.0,
+           "consistency": 0, "upweight": 20, "split_from": None, "format": "jpg", "protocol": "fixed",
+           "checkpointing": False, "sync_bn": False, "checkpoint_every": "10m"}
+
+
+def option(key):
+    return f"--{key.replace('_', '-')}"
+
+
+# --- configs.json: what its entries hold, checked ------------------------------------------------------------------
+# A schema is a type or several, a `Setting`, a function of (value, where), or an object {key: schema}, where "key?" may
+# be missing and "*" stands for any key.
+
+
+def number(low, high):
+    return Setting(float, "", "", low, high)
+
+
+def one_of(*words):
+    return Setting(str, "", "", choices=words)
+
+
+def normalisation(found, where):
+    """How pixels are normalised: "network", or the mean and standard deviation of the three channels."""
+    if not isinstance(found, dict):
+        if found != "network":
+            raise UserError(f"{where}: {found!r}; expected \"network\" (what the network's pretrained weights were "
+                            "trained with) or an object of mean and std")
+        return
+    check(found, {"mean": list, "std": list}, where)
+    for key, low in (("mean", 0), ("std", TINY)):
+        if len(found[key]) != 3:
+            raise UserError(f"{where}.{key}: expected three numbers, one per channel")
+        for value in found[key]:
+            check(value, number(low, 1), f"{where}.{key}")
+
+
+def split(found, where):
+    """How a dataset is split, as `split.make_split` takes it."""
+    check(found, dict, where)
+    blocks = {"blocks" if found.get("rule") == "blocks" else "blocks?": Setting(int, "", "", 3, 1_000_000)}
+    share = number(TINY, 0.9)
+    check(found, {"rule": one_of("stratified", "blocks"), "val": share, "test": share, **blocks}, where)
+    if found["val"] + found["test"] >= 1:
+        raise UserError(f"{where}: val and test take {found['val'] + found['test']:g} of the images; expected less "
+                        "than 1, so that some are left to train on")
+
+
+def delimiter(found, where):
+    if not isinstance(found, str) or len(found) != 1:
+        raise UserError(f"{where}: {found!r}; expected one character")
+
+
+def texts(found, where):
+    if not all(isinstance(text, str) for text in check(found, list, where)):
+        raise UserError(f"{where}: expected texts alone")
+
+
+def torchvision_class(found, where):
+    from torchvision import datasets
+
+    check(found, one_of(*datasets.__all__), where)
+
+
+def dataset(found, where):
+    """An entry of datasets; one of layout csv or torchvision has a part of that name."""
+    layout = found.get("layout") if isinstance(found, dict) else None
+    needed = {key: DATASET[f"{key}?"] for key in ("csv", "torchvision") if key == layout}
+    check(found, {key: schema for key, schema in DATASET.items() if key.rstrip("?") not in needed} | needed, where)
+
+
+some_settings = {f"{key}?": setting for key, setting in SETTINGS.items()}
+MODEL = {"timm": str, "arguments?": dict, "settings?": some_settings}
+DATASET = {
+    "source": str, "path": (str, type(None)), "layout": one_of(*data.LAYOUTS), "image_size": SETTINGS["image_size"],
+    "normalisation": normalisation, "split": split, "settings?": some_settings,
+    "augment": {"flip": bool, "rotate": number(0, 180), "shift": number(0, 1)},
+    "digits?": {"images": Setting(int, "", "", 30, 1797), "contrast": number(0, 1), "noise": number(0, 10)},
+    "package?": {"module": str, "folder": str, "install": str},
+    "csv?": {"file": str, "path": str, "label": str, "split?": str, "group?": str, "columns?": texts,
+             "delimiter?": delimiter, "classes?": {"*": str}, "parts?": {"*": one_of(*PARTS)}},
+    "torchvision?": {"class": torchvision_class, "parts": {"train": dict, "val?": dict, "test?": dict}}}
+
+
+def check(found, schema, where):
+    """A JSON value, checked against a schema; the same object, with whole numbers made floats where these are meant.
+
+    Raises UserError that names the place and what was expected there.
+    """
+    if isinstance(schema, Setting):
+        return schema.check(found, where)
+    if isinstance(schema, dict):
+        return _check_object(found, schema, where)
+    if not isinstance(schema, (type, tuple)):
+        schema(found, where)
+    elif not isinstance(found, schema) or isinstance(found, bool) and schema is not bool:
+        kinds = schema if isinstance(schema, tuple) else (schema,)
+        raise UserError(f"{where}: {json.dumps(found)} is not {' or '.join(WORDS[kind] for kind in kinds)}")
+    return found
+
+
+def _check_object(found, schema, where):
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: expected an object, found {json.dumps(found)}")
+    known = {key.rstrip("?"): inner for key, inner in schema.items()}
+    inside = f"{where}: " if where.endswith(".json") else f"{where}."
+    for key, value in found.items():
+        if key not in known and "*" not in known:
+            raise UserError(f"{where}: unknown key {key!r}; expected {', '.join(known)}{nearest(key, known)}")
+        found[key] = check(value, known.get(key, known.get("*")), f"{inside}{key}")
+    for key in schema:
+        if key not in found and not key.endswith(("?", "*")):
+            raise UserError(f"{where}: key {key!r} is missing")
+    return found
+
+
+def read_configs(path=CONFIGS):
+    """`configs.json`, checked: every key known, every type right, none missing. Raises UserError."""
+    schema = {"defaults": SETTINGS, "models": {"*": MODEL}, "datasets": {"*": dataset}, "experiments?": {"*": dict}}
+    return check(read_json(path, unique_keys=True), schema, Path(path).name)
+
+
+# --- a run's settings ----------------------------------------------------------------------------------------------
+
+
+def resolve(configs, options):
+    """Every setting of a run, from weakest to strongest: defaults, the dataset's, the network's, `options`.
+
+    options: {setting: value}, as given on the command line. Returns a flat dict with the keys of SETTINGS, plus
+    "format", and "dataset_entry" and "model_entry", the parts of configs.json that they name. Raises UserError.
+    """
+    unknown = [key for key in options if key not in SETTINGS]
+    if unknown:
+        raise UserError(f"unknown setting {unknown[0]!r}{nearest(unknown[0], SETTINGS)}")
+    options = {key: SETTINGS[key].check(value, option(key)) for key, value in options.items()}
+    known, chosen = configs["datasets"], {**configs["defaults"], **options}
+    if chosen["dataset"] not in known:
+        raise UserError(f"unknown dataset {chosen['dataset']!r}; configs.json has {', '.join(known)}"
+                        f"{nearest(chosen['dataset'], known)}")
+    dataset = known[chosen["dataset"]]
+    name = {**chosen, **dataset.get("settings", {}), **options}["model"]
+    model = configs["models"].get(name) or _timm_model(name, configs["models"])
+    config = {**configs["defaults"], **dataset.get("settings", {}), **model.get("settings", {}), **options}
+    config = {key: config[key] for key in SETTINGS} | {"dataset": chosen["dataset"], "model": name}
+    config["image_size"] = config["image_size"] or dataset["image_size"]
+    config["data_dir"] = config["data_dir"] or (str(HERE / dataset["path"]) if dataset["path"] else None)
+    if config["data_dir"] is None and "package" in dataset:
+        config["data_dir"] = _package_folder(config["dataset"], dataset["package"])
+    if config["dataset"] == "folder" and config["data_dir"] is None:
+        raise UserError("dataset folder: name the folder of class folders with --data-dir DIR")
+    check_agreement(config, options)
+    entries = {name: {key: value for key, value in entry.items() if key != "settings"}
+               for name, entry in (("dataset_entry", dataset), ("model_entry", model))}
+    return {"format": FORMAT} | config | entries
+
+
+def _timm_model(name, short_names):
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"unknown model {name!r}; configs.json has {', '.join(short_names)}, and timm has "
+                        f"{len(timm.list_models())} more{nearest(name, [*short_names, *timm.list_models()])}")
+    return {"timm": name}
+
+
+def _package_folder(name, package):
+    """The folder of images in an installed Python package, which is found and not imported."""
+    try:
+        found = importlib.util.find_spec(package["module"])
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"dataset {name}: its package is not installed. Run {package['install']}, or name the "
+                        "dataset's folder with --data-dir DIR")
+    return str(Path(found.submodule_search_locations[0]) / package["folder"])
+
+
+def check_agreement(config, options):
+    """Raise UserError for settings that exclude each other; make the epochs those of a listed schedule.
+
+    options: what was given on the command line, which alone can contradict a default.
+    """
+    staged = config["mode"] == "staged"
+    for key in options:
+        if key in (ONLINE_ONLY if staged else STAGED_ONLY) and options[key] not in (None, False):
+            raise UserError(f"{option(key)} goes with --mode {'online' if staged else 'staged'}: leave it out, or "
+                            "change --mode")
+    name = config["name"]
+    if name is not None and (not name.strip(". ") or set(name) & set("/\\\0\n")):
+        raise UserError(f"--name {name!r}: expected a plain folder name; --out names the folder it goes into")
+    if config["weights"] and config["init"]:
+        raise UserError("--weights and --init contradict each other: give one of them")
+    if config["reweight"] and config["mode"] != "online":
+        raise UserError("--reweight goes with --mode online: leave it out, or change --mode")
+    if config["heat_from"]:
+        config["step"] = "heat_from"
+    elif config["step"] == "heat_from":
+        raise UserError("--step heat_from takes another network's heat: name its run with --heat-from")
+    if config["heat_from"] and config["cam"] == "none":
+        raise UserError("--heat-from gives the heat to erase by: choose a --cam other than none")
+    _check_schedule(config, options)
+
+
+def _check_schedule(config, options):
+    """The part of `check_agreement` on --schedule, --epochs, --rounds and --mode."""
+    text, staged = config["schedule"], config["mode"] == "staged"
+    kind, argument = proxy.read_schedule(text)
+    if kind == "listed":
+        if options.get("epochs", len(argument)) != len(argument):
+            raise UserError(f"--schedule {text}: adds up to {len(argument)} epochs, each p counting as one, but "
+                            f"--epochs is {config['epochs']}; leave --epochs out, or make them agree")
+        config["epochs"] = SETTINGS["epochs"].check(len(argument), f"--schedule {text}: the sum of epochs")
+    elif text and kind in ("every", "after") and argument >= config["epochs"] + (kind == "every"):
+        raise UserError(f"--schedule {text}: erases nothing within {config['epochs']} epochs")
+    if staged:
+        if config["cam"] == "none":
+            raise UserError("--mode staged erases between trainings: choose a --cam other than none")
+        if text is not None and kind != "listed":
+            raise UserError(f"--schedule {text}: --mode staged takes epochs and rounds, as 20,p,19")
+        if kind == "listed":
+            if options.get("rounds", sum(argument)) != sum(argument):
+                raise UserError(f"--schedule {text}: has {sum(argument)} rounds, but --rounds is {config['rounds']}; "
+                                "leave --rounds out, or make them agree")
+            if not argument or argument[0]:
+                raise UserError(f"--schedule {text}: --mode staged begins with epochs of plain training, as 20,p,19")
+            config["rounds"] = sum(argument)
+    elif config["mode"] == "resplit" and not (kind == "listed" and any(argument)):
+        raise UserError("--mode resplit draws a new split at each p: name them, as with --schedule 20,p,19")
+
+
+def stage_epochs(config):
+    """Epochs of stage 1 and of stage 3 of each round, for --mode staged. Each p of a schedule begins its round."""
+    kind, argument = proxy.read_schedule(config["schedule"])
+    if kind != "listed":
+        return [config["epochs"]] * (1 + config["rounds"])
+    starts = [epoch for epoch, p in enumerate(argument) if p]
+    return [end - start for start, end in zip([0, *starts], [*starts, len(argument)])]
+
+
+def differing_settings(config, there):
+    """Settings in which a resolved config and that of a run differ, but for those of the machine and the run's
+    place.
+    """
+    filled_in = {"batch_size": config["batch_size"] == AUTO,
+                 "layer": config["layer"] is None or FROM_END.fullmatch(config["layer"])}  # by the run
+    return [key for key in config
+            if key not in PER_MACHINE and there.get(key) != config[key] and not filled_in.get(key)]

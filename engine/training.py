@@ -1,0 +1,316 @@
+"""What the loop of `train.py` works with: the parts of the data, the network in training, and its checkpoints."""
+
+import contextlib
+import math
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+import timm.optim
+import torch
+import torch.nn.functional as F
+
+import cam
+import data
+import proxy
+from engine import before, cache, checkpoint, costs, files, metrics, predict, ranks, split
+from engine.chance import stable_seed
+from engine.display import console
+from engine.files import UserError
+from engine.folder import cut_log, read_log
+from engine.loader import Batches
+from engine.network import normalisation, pick_amp
+
+WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
+CLIP = 1.0  # largest norm of the gradient
+WARM_UP_SHARE = 0.25  # of the one-cycle schedule: the learning rate rises for a quarter of the steps
+FEWEST_STEPS = 8  # a one-cycle schedule of fewer divides by zero or stays at zero: shorter runs end within this one
+CHECKPOINT_SECONDS = 600  # from one checkpoint to the next within an epoch
+SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run; float16's scaler finds its scale in fewer
+START_ANEW = "Start anew with a lower --lr, or without --amp float16"
+
+
+class Stage(NamedTuple):
+    """The epochs that one call of `train` covers. A run has one stage, a staged run several."""
+
+    start: int  # epochs that lie before it
+    end: int
+    round: int | None = None  # of a staged run
+    copies: frozenset = frozenset()  # ids of training images that are erased copies
+
+    def notes(self, parts):
+        """What a staged run adds to an epoch's line in the log."""
+        if self.round is None:
+            return {}
+        seen = (parts.split["train"][i] in self.copies for i in parts.batches.seen())
+        return {"round": self.round, "erased_images": sum(seen)}
+
+
+class Parts:
+    """Training and validation batches, of each epoch. Under --mode resplit they are dealt out anew at each p.
+
+    batches, validation: this process's share, shuffled, and in order.
+    """
+
+    def __init__(self, config, folder, dataset, split, device):
+        self.config, self.folder, self.dataset, self.device = config, folder, dataset, device
+        self.open(split)
+
+    def open(self, split):
+        self.split, config, weights = split, self.config, None
+        share = {"rank": ranks.RANK, "ranks": ranks.RANKS}
+        if config["reweight"]:
+            wrong = set(split["misled"])
+            weights = np.array([before.UPWEIGHT if i in wrong else 1 for i in split["train"]])
+        self.batches = Batches(self.dataset, split["train"], config["image_size"], config["batch_size"], self.device,
+                               cache.decoding_workers(config), seed=config["seed"], weights=weights, **share)
+        self.validation = predict.batches_in_order(config, self.dataset, split["val"], self.device, **share)
+
+    @property
+    def updates(self):
+        """Optimizer steps of an epoch."""
+        return -(-len(self.batches) // self.config["accumulate"])
+
+    def of(self, epoch, first_step):
+        """The training batches of an epoch, from a step on."""
+        if self.config["mode"] == "resplit":
+            rounds = proxy.read_schedule(self.config["schedule"])[1]
+            if rounds[epoch]:
+                self.open(draw_new_split(self.config, self.folder, self.dataset, self.split, sum(rounds[: epoch + 1])))
+        self.batches.order.epoch, self.batches.order.start = epoch, first_step
+        return self.batches
+
+    def notes(self):
+        """What an epoch's line in the log says of the parts."""
+        return {"warning": metrics.LEAK} if self.config["mode"] == "resplit" else {}
+
+
+def draw_new_split(config, folder, dataset, old, number):
+    """Training and validation images dealt out anew, in memory and in the run's folder."""
+    new = split.redraw(dataset, old, config["seed"], number)
+    if ranks.RANK == 0:
+        files.write_json(folder / "split.json", new)
+    console.print(f"new split {number}: {metrics.LEAK}", soft_wrap=True)
+    return new
+
+
+class Training:
+    """What the steps of a stage work with: network, optimizer, learning rate, and Proxy Attention's part.
+
+    model: the network; what a step calls is the model, compiled or shared between processes as the settings have it.
+    classes: their number. steps: optimizer steps in all. explained: under --heat-from the network whose heat it is.
+    """
+
+    def __init__(self, config, model, device, classes, steps, seats=None, explained=None):
+        self.config, self.model, self.device, self.classes = config, model, device, classes
+        self.amp = pick_amp(config["amp"], device)
+        self.mean, self.std = (t.to(device) for t in normalisation(config, model))
+        model.to(device, memory_format=torch.channels_last)
+        groups = timm.optim.param_groups_weight_decay(model, WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(groups, lr=config["lr"], fused=device.type in ("cpu", "cuda"))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config["lr"], pct_start=WARM_UP_SHARE,
+                                                            total_steps=max(FEWEST_STEPS, steps))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
+        self.network = ranks.wrap(model, device)
+        if config["compile"]:
+            self.network = torch.compile(self.network)
+        self.energy = costs.Energy(device, first=ranks.LOCAL_RANK == 0)
+        self.skipped, self.row = [], []  # ((epoch, step), bool on the device) since the last `check_finite`; its end
+        self.statistics = [b for b in model.buffers() if b.is_floating_point()]
+        explain = heat_net = None
+        if explained is not None:  # another network is neither trained nor compiled
+            explained = explained.to(device, memory_format=torch.channels_last)
+
+            def heat_net(images):
+                return self.forward(images, explained)
+
+        if config["cam"] != "none" and config["mode"] != "staged":
+            compiled = config["compile"] and explained is None
+            explain = cam.CAM(model if explained is None else explained, config["cam"], config["layer"], compiled)
+        self.proxy = proxy.Proxy(config, explain, (self.mean, self.std), seats, heat_net)
+
+    def forward(self, images, network=None):
+        """Logits of one forward pass, in mixed precision where the settings have it."""
+        with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp is not None):
+            return (self.network if network is None else network)(images)
+
+    def begin_epoch(self, counts):
+        self.proxy.counts, self.kept = counts, _flat(self.statistics)
+        self.model.train()
+
+    def prepare(self, pixels, labels, epoch, step):
+        """Augmented images and their labels. Order, augmentation and dropout follow from (seed, epoch, step) alone."""
+        key = self.proxy.key = (self.config["seed"], epoch, step)
+        torch.manual_seed(stable_seed("step", *key, *[ranks.RANK] * (ranks.RANK > 0)))
+        place = (ranks.RANK * len(labels), ranks.RANKS * len(labels))
+        return data.augment(pixels, labels, self.mean, self.std, self.classes, self.config, key, place)
+
+    def backward(self, loss, step, steps):
+        """Gradients of one batch, and after every --accumulate-th a step of the optimizer, if they are finite.
+
+        Returns (updated, skipped): whether there was to be a step, and whether it was skipped, a bool on the device.
+        """
+        every = self.config["accumulate"]
+        together = min(every, steps - step // every * every)  # the last ones of an epoch may be fewer
+        updated = (step + 1) % every == 0 or step + 1 == steps
+        with contextlib.nullcontext() if updated or ranks.RANKS == 1 else self.network.no_sync():
+            self.scaler.scale(loss / together).backward()
+        if not updated:
+            return False, None
+        self.scaler.unscale_(self.optimizer)
+        skipped = ~torch.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
+        if self.scaler.is_enabled():  # it checks for itself
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = skipped.float()  # torch's own way to have the kernel skip the step
+            self.optimizer.step()
+        elif not skipped:
+            self.optimizer.step()
+        self._keep_finite(skipped)
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped.append((self.proxy.key[1:], skipped))
+        return True, skipped
+
+    def _keep_finite(self, skipped):
+        """Put batch statistics back where the step was skipped: what is not finite in them would stay so for ever."""
+        if self.statistics:
+            self.kept = torch.where(skipped, self.kept, _flat(self.statistics))
+            parts = self.kept.split([b.numel() for b in self.statistics])
+            torch._foreach_copy_(self.statistics, [part.view_as(b) for part, b in zip(parts, self.statistics)])
+
+    def skips_in_a_row(self):
+        """(epoch, step) of the first of SKIPS_IN_A_ROW skipped steps, or None; waits for the device.
+
+        A row goes on from one call to the next, for an epoch may have fewer steps.
+        """
+        steps, flags = zip(*self.skipped) if self.skipped else ((), ())
+        self.skipped = []
+        for step, skipped in zip(steps, torch.stack(flags).tolist() if flags else ()):
+            self.row = [*self.row, step] if skipped else []
+            if len(self.row) == SKIPS_IN_A_ROW:
+                return self.row[0]
+
+
+def _flat(tensors):
+    """Tensors of one dtype as one vector, or None."""
+    return torch.cat([t.flatten() for t in tensors]) if tensors else None
+
+
+def set_up(config, folder, parts, model, device, stage):
+    """`Training` for a stage, after the switches that are torch's own and not the network's."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = not config["deterministic"]
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config["deterministic"])
+    classes, share = len(parts.dataset.classes), 1 if config["step"] in proxy.AT_ONCE else proxy.SHARE
+    seats = max(1, int(share * parts.batches.order.batch_size))
+    explained = before.heat_network(config, classes, folder)
+    t = Training(config, model, device, classes, (stage.end - stage.start) * parts.updates, seats, explained)
+    t.folder, t.made_with = folder, checkpoint.made_with(config, parts.split)
+    return t
+
+
+def validate(t, batches):
+    """Loss and accuracy on the validation part, each image once over all processes, and the seconds that took."""
+    start = time.perf_counter()
+    ranks.share_buffers(t.model)
+    logits, labels = predict.predict(t.model, batches, t.mean, t.std, t.device, t.amp)
+    found = [F.cross_entropy(logits, labels, reduction="sum").item() if len(labels) else 0.0,
+             (logits.argmax(1) == labels).sum().item(), len(labels)]
+    loss, right, count = map(sum, zip(*ranks.everyone(found)))
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss is {loss / count}, for the network's output is not finite. "
+                        f"{t.folder}/last.pt holds what came before. {START_ANEW}", resumable=False)
+    return {"val_loss": loss / count, "val_accuracy": right / count, "eval_seconds": time.perf_counter() - start}
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+class Interval:
+    """When the next checkpoint within an epoch is due."""
+
+    def __init__(self):
+        self.start = time.monotonic()  # a clock that nobody sets back
+
+    def passed(self):
+        """Whether it is due; then a new interval begins."""
+        if time.monotonic() - self.start < CHECKPOINT_SECONDS:
+            return False
+        self.start = time.monotonic()
+        return True
+
+
+def check_finite(t, parts):
+    """Raise UserError where the last steps had no finite loss or gradient; their images go into `bad-batch.json`."""
+    first = t.skips_in_a_row()
+    if first is None:
+        return
+    epoch, step = first
+    parts.batches.order.epoch = epoch
+    rows = parts.batches.order.rows()[max(0, step + 1 - t.config["accumulate"]):step + 1].ravel()
+    names = list(dict.fromkeys(parts.split["train"][i] for i in rows.tolist()))
+    path = t.folder / "bad-batch.json"
+    if ranks.RANK == 0:
+        files.write_json(path, {"epoch": epoch + 1, "step": step + 1, "images": names})
+    raise UserError(f"loss or gradient were not finite for {SKIPS_IN_A_ROW} steps in a row, first in epoch {epoch + 1}"
+                    f", step {step + 1}, with the images {', '.join(map(repr, names[:3]))} …, all in {path}. None of "
+                    f"these steps was taken: {t.folder}/last.pt holds what came before. {START_ANEW}", resumable=False)
+
+
+def finish_epoch(t, line):
+    """Log line, best.pt if this was the best epoch, last.pt: in this order, so that after a crash the epoch is
+    repeated.
+    """
+    if ranks.RANK == 0:
+        files.append_line(t.folder / "log.jsonl", line)
+        if metrics.best_epoch(read_log(t.folder)) == line["epoch"]:
+            checkpoint.save_checkpoint(t.folder / "best.pt", {"epoch": line["epoch"], "model": t.model.state_dict()})
+    save_last(t, line["epoch"], 0)
+
+
+def save_last(t, epoch, step, counts=None):
+    """`last.pt`: all that the run goes on with after `epoch` epochs and `step` batches, of all ranks."""
+    waiting = t.proxy.waiting
+    waiting = ranks.everyone(None if waiting is None else [part.cpu() for part in waiting])
+    counts = None if counts is None else ranks.everyone(counts.so_far())
+    if ranks.RANK == 0:
+        waiting = [part for part in waiting if part is not None]
+        checkpoint.keep_previous(t.folder / "last.pt", t.folder / "previous.pt")
+        checkpoint.save_checkpoint(t.folder / "last.pt", {
+            "made_with": t.made_with, "epoch": epoch, "step": step, "model": t.model.state_dict(),
+            "optimizer": t.optimizer.state_dict(), "schedule": t.schedule.state_dict(), "scaler": t.scaler.state_dict(),
+            "counts": counts, "waiting": [torch.cat(parts) for parts in zip(*waiting)] if waiting else None})
+
+
+def load_last(t, stage):
+    """Restore `last.pt` where there is one; at the start of a later stage its weights alone.
+
+    Returns the finished epochs, the batches after them, and the epoch's `Counts` so far or None.
+    """
+    path = t.folder / "last.pt"
+    state = checkpoint.load_checkpoint(path, t.device) if path.exists() else None
+    if ranks.RANK == 0:
+        cut_log(t.folder, state["epoch"] if state else 0)
+    if state is None:
+        return 0, 0, None
+    t.model.load_state_dict(state["model"])
+    if (state["epoch"], state["step"]) == (stage.start, 0):
+        return state["epoch"], 0, None
+    t.optimizer.load_state_dict(state["optimizer"])
+    t.schedule.load_state_dict(state["schedule"])
+    t.scaler.load_state_dict(state["scaler"])
+    if state["waiting"] is not None:  # there may be another number of processes now
+        own = (part.tensor_split(ranks.RANKS)[ranks.RANK] for part in state["waiting"])
+        t.proxy.waiting = proxy.Waiting(*own)
+    every, counts = state["counts"], None
+    if every is not None:
+        if len(every) != ranks.RANKS:
+            every = [costs.merged(every)] + [None] * (ranks.RANKS - 1)
+        counts = costs.Counts(t.device, t.energy, every[ranks.RANK])
+    return state["epoch"], state["step"], counts

@@ -1,0 +1,335 @@
+"""How well the networks of runs can be explained, measured on images of the run and kept in its folder.
+
+    python -m study.explain runs/NAME                       # deletion, insertion, ROAD …: how good is its heat?
+    python -m study.explain runs/NAME --cam gradcam         # by this method, and not by one it was not trained with
+    python -m study.explain runs/NAME --leaning             # does it depend on few pixels, as on a shortcut?
+    python -m study.explain runs/NAME --where --layer -2    # how much of a planted square, or of the object, heat finds
+
+Into explanations.json and .npz, leaning.json (of validation images alone) and where.json; `faithfulness.py` has the
+measures.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import cam
+from engine import cache, chance, decoy, display, files, folder, loader, network, predict
+from engine.files import UserError
+from engine.launch import Parser
+from study import faithfulness, statistics
+from study.figures import as_text, number, points
+
+EXPLAINED, LEANING = 200, 1000  # test and validation images, drawn at random; every seed's are its own
+PIXELS_AT_ONCE = 32 * 224 * 224
+WAY = ("cam", "explain", "layer")  # what an entry of faithfulness.WAYS holds
+RULE = "the rule's"  # the layer where none is named
+AREA = f"{100 * faithfulness.FEW:g}%"
+# What unlearnt a shortcut on digits and on photographs.
+UNLEARN = f"--select all --cam elementwise --explain margin --layer -2 --fill swap --area {faithfulness.FEW:g}"
+BETTER = {"deletion": "lower is better", "insertion": "higher", "drop": "lower", "increase": "higher", "road": "higher",
+          "sensitivity": "higher: shuffled weights change the heat", "pointing": "hottest pixel on the {mask}",
+          "inside": "share of the heat on the {mask}", "covered": "what chance would give"}
+
+
+# --- a run's network and images ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Images:
+    """Images of a run, and its network in eval mode, on one device. normalisation: (mean, std), each [1, 3, 1, 1]."""
+
+    run: folder.Run
+    dataset: object
+    model: torch.nn.Module
+    normalisation: tuple
+    ids: list
+    batches: loader.Batches
+
+    def __iter__(self):
+        """Batches: images [B, 3, H, W], normalised; labels [B]; pixels, uint8 [B, 3, H, W]; places [B] in the data."""
+        done = 0
+        for pixels, labels in display.progress(self.batches, f"{self.run.folder}: explaining"):
+            places = self.batches.indices[done:done + len(pixels)]
+            yield loader.prepare(pixels, *self.normalisation), labels.to(pixels.device), pixels, places
+            done += len(pixels)
+
+
+def open_images(run, ids, device):
+    """The images `ids` of a run, and its network, as `Images`."""
+    config, dataset, model = run.config, run.dataset(), run.network().to(device)
+    if dataset.pixels is None:
+        cache.open_pixels(dataset, config, build=False)
+    at_once = max(1, min(EXPLAINED, PIXELS_AT_ONCE // config["image_size"] ** 2))
+    batches = loader.Batches(dataset, ids, config["image_size"], at_once, device, cache.decoding_workers(config))
+    normalisation = tuple(t.to(device) for t in network.normalisation(config, model))
+    return Images(run, dataset, model, normalisation, ids, batches)
+
+
+def drawn(run, part, key, most):
+    """Ids of at most so many images of a part of a run's split, drawn at random by its seed and `key`."""
+    return chance.shuffled(run.split[part], key, run.config["seed"])[:most]
+
+
+def own_layer(config):
+    """The layer that a run explains, for any method; None where the rule decides."""
+    return None if config["cam"] in cam.ATTENTION else config["layer"]
+
+
+def heats(path, ids, method, device):
+    """Heat [N, H, W] of a run's predicted classes in images `ids`, and these, uint8 [N, H, W, 3], on the CPU."""
+    opened = open_images(folder.open_run(path), ids, device)
+    layer, found = own_layer(opened.run.config), []
+    for images, _, pixels, _ in opened:
+        heat, _ = faithfulness.heat_of(opened.model, images, method, layer)
+        found.append((heat.cpu(), pixels.cpu().permute(0, 2, 3, 1)))
+    return tuple(map(torch.cat, zip(*found)))
+
+
+# --- a CNN's heat and a ViT's attention ----------------------------------------------------------------------------
+
+
+def attends(result):
+    """Whether a run's network has the plain attention that rollout reads, over enough patches."""
+    config = result.config
+    model, _ = network.build_network(config, len(result.split["classes"]), pretrained=False)
+    try:
+        faithfulness.heat_of(model.eval(), torch.zeros(1, 3, *[config["image_size"]] * 2), "rollout", None)
+        return True
+    except ValueError:
+        return False
+
+
+def likeness(a, method_a, b, method_b, device, ids=None):
+    """{"correlation", "overlap"}, each [N]: how alike the heats of two runs are in the same images.
+
+    a, b: `arms.Result`. ids: the images; by default EXPLAINED of a's test images.
+    """
+    ids = ids or drawn(a, "test", "explained", EXPLAINED)
+    one, two = heats(a.folder, ids, method_a, device)[0], heats(b.folder, ids, method_b, device)[0]
+    if one.shape != two.shape:
+        two = F.interpolate(two[:, None], one.shape[1:], mode="bilinear")[:, 0]
+    return {"correlation": faithfulness.rank_correlation(one, two).numpy(),
+            "overlap": faithfulness.overlap(one, two).numpy()}
+
+
+def references(cnn, vit, method, device):
+    """What the likeness of a CNN and a ViT is to be compared with: two lists of `likeness`.
+
+    Of two seeds of one CNN, on test images that both have, so that neither was trained on them; and of a Gaussian in
+    the middle of the image with the ViT. cnn, vit: {seed: Result}. method: of the CNN's heat.
+    """
+    runs, two_seeds = [cnn[seed] for seed in sorted(cnn)], []
+    for a, b in zip(runs, runs[1:]):
+        theirs = set(b.split["test"])
+        if both := [image_id for image_id in a.split["test"] if image_id in theirs][:EXPLAINED]:
+            two_seeds.append(likeness(a, method, b, method, device, both))
+    return two_seeds, [likeness(run, "center", run, "rollout", device) for run in vit.values()]
+
+
+# --- deletion, insertion, ROAD … -----------------------------------------------------------------------------------
+
+
+def write_explanations(path, method=None, device=torch.device("cpu")):
+    """Measure a finished run's explanations on its test images by `faithfulness.measure`: {name: [N]}.
+
+    Into explanations.npz, a value per image, and explanations.json, their means. method: a CAM method; by default one
+    that the run was not trained with. What is there is not measured again.
+    """
+    run = folder.open_run(path)
+    method, file = method or faithfulness.other_method({run.config["cam"]}), run.folder / "explanations.npz"
+    if file.exists() and (there := files.read_arrays(file))["method"] == method.encode():
+        return {name: there[name] for name in there if name not in ("method", "ids", "mask")}
+    opened, measured = open_images(run, drawn(run, "test", "explained", EXPLAINED), device), []
+    for number, (images, _, pixels, places) in enumerate(opened):
+        name, mask = decoy.masks_of(opened.dataset, places, pixels)
+        measured.append(faithfulness.measure(opened.model, images, method, own_layer(run.config), mask,
+                                             (run.config["seed"], number)))
+    values = {key: torch.cat([batch[key] for batch in measured]).cpu().numpy() for key in measured[0]}
+    files.write_arrays(file, values | {"ids": predict.as_bytes(opened.ids), "method": np.array(method.encode()),
+                                       "mask": np.array((name or "").encode())})
+    means = {key: value.mean(0).tolist() for key, value in values.items()}
+    files.write_json(file.with_suffix(".json"), {"method": method, "images": len(opened.ids), "mask": name, **means})
+    return values
+
+
+def describe_explanations(path):
+    """A run's explanations.json as lines for the terminal."""
+    found = files.read_json(Path(path) / "explanations.json")
+    rows = [[name, number(found[name], 4), text.format(mask=found["mask"])]
+            for name, text in BETTER.items() if name in found]
+    table = as_text(["measure", "mean", ""], rows)
+    return f"{path}: the heat of {found['method']} on {found['images']} test images\n{table}"
+
+
+# --- few pixels ----------------------------------------------------------------------------------------------------
+
+
+def write_leaning(path, device=torch.device("cpu")):
+    """Whether a finished run's network depends on few pixels, by `faithfulness.leaning` on its validation images.
+
+    Into leaning.json, and returned: images; "right", their share that is right as they are; "ways": for each of
+    `faithfulness.WAYS` that has a layer in the network "cam", "explain" and "layer", the shares that are right without
+    the hottest pixels and without as many at a random place ("hottest", "random"), "gap", random minus hottest, and
+    "interval", its 95% interval over images. The way with the largest gap comes first. What is there is not measured
+    again.
+    """
+    run = folder.open_run(path)
+    file = run.folder / "leaning.json"
+    there = files.read_json(file) if file.exists() else {}
+    if "ways" in there and {tuple(way[key] for key in WAY) for way in there["ways"]} <= set(faithfulness.WAYS):
+        return there
+    opened, ways, reason = open_images(run, drawn(run, "val", "leaning", LEANING), device), [], None
+    for way in faithfulness.WAYS:
+        try:
+            found = [faithfulness.leaning(opened.model, images, labels, opened.normalisation, way,
+                                          (run.config["seed"], number))
+                     for number, (images, labels, *_) in enumerate(opened)]
+        except ValueError as error:  # no layer for it
+            reason = error
+            continue
+        values = {name: torch.cat([batch[name] for batch in found]).cpu().numpy() for name in found[0]}
+        gap = values["random"].astype(np.int8) - values["hottest"].astype(np.int8)
+        ways.append({**dict(zip(WAY, way)), **{name: float(value.mean()) for name, value in values.items()},
+                     "gap": float(gap.mean()), "interval": statistics.bootstrap_interval([gap], False)})
+    if not ways:
+        raise UserError(f"--leaning {path}: {reason}")
+    ways.sort(key=lambda way: -way["gap"])
+    files.write_json(file, result := {"images": len(opened.ids), "right": ways[0]["right"], "ways": ways})
+    return result
+
+
+def describe_leaning(path, found):
+    """What `write_leaning` found, as lines for the terminal."""
+    rows = [[way["cam"], way["layer"] or RULE, way["explain"], points(way["hottest"], 1), points(way["random"], 1),
+             points(way["gap"], 1, True), " to ".join(points(end, 1) for end in way["interval"])]
+            for way in found["ways"]]
+    table = as_text(["method", "layer", "explained", "hottest %", "random %", "costs", "95% interval"], rows)
+    answer = f"It depends on few pixels, as on a shortcut: train with {UNLEARN}"
+    if found["ways"][0]["gap"] <= faithfulness.SHORTCUT:
+        answer = (f"It does not depend on few pixels, which would cost more than {100 * faithfulness.SHORTCUT:g} "
+                  "points: no shortcut is found")
+    return (f"{path}: of {found['images']} validation images {100 * found['right']:.1f}% are right. With {AREA} of "
+            f"their pixels as noise, the hottest or as many at a random place:\n{table}\n{answer}")
+
+
+# --- the planted square, or the object -----------------------------------------------------------------------------
+
+
+def write_where(path, methods, layer=None, device=torch.device("cpu")):
+    """How much of a run's planted squares, or of the object, each way of explaining finds on its validation images.
+
+    By `faithfulness.where`. methods: CAM methods. layer: to explain; None for the run's own or the rule's. Adds to
+    where.json a row for each method, layer and explained score, and returns those asked for: means over the images, and
+    "worst_class", `erased` in the class where it is least. A network can learn the square of one class and tell the
+    other by its absence; then no heat finds the other's. Raises UserError where it is not known where heat should lie.
+    """
+    run = folder.open_run(path)
+    opened, layer = open_images(run, drawn(run, "val", "where", LEANING), device), layer or own_layer(run.config)
+    parts, labels, rows = [], [], []
+    for images, classes, pixels, places in opened:
+        name, mask = decoy.masks_of(opened.dataset, places, pixels)
+        if mask is None:
+            raise UserError(f"--where {path}: nothing is known of where the object is in {run.config['dataset']}; it "
+                            f"is for runs with --decoy, and for {', '.join(decoy.MASKS)}")
+        try:
+            parts.append(faithfulness.where(opened.model, images, classes, mask, methods, layer))
+        except ValueError as error:
+            raise UserError(f"--where {path}: {error}") from None
+        labels.append(classes)
+    labels = torch.cat(labels)
+    for method, score in parts[0]:
+        found = {key: torch.cat([part[method, score][key] for part in parts]) for key in parts[0][method, score]}
+        worst = min(float(found["erased"][labels == label].mean()) for label in labels.unique())
+        rows.append({"method": method, "layer": layer, "explain": score, "mask": name, "images": len(labels),
+                     **{key: float(each.mean()) for key, each in found.items()}, "worst_class": worst})
+    file, asked = run.folder / "where.json", [way_of(row) for row in rows]
+    there = files.read_json(file) if file.exists() else []
+    files.write_json(file, [row for row in there if way_of(row) not in asked] + rows)
+    return rows
+
+
+def way_of(row):
+    """Method, layer and score of a row of where.json."""
+    return row["method"], row["layer"] or RULE, row["explain"]
+
+
+def where_found(runs):
+    """{(method, layer, score): [number of runs, means]} of the where.json that runs have.
+
+    Means of erased, worst_class, pointing, inside and covered; None where a run lacks it, as older ones may.
+    """
+    found = {}
+    for file in (run.folder / "where.json" for run in runs):
+        for row in files.read_json(file) if file.exists() else []:
+            found.setdefault(way_of(row), []).append(row)
+    for way, rows in found.items():
+        columns = [[row.get(key) for row in rows] for key in ("erased", "worst_class", "pointing", "inside", "covered")]
+        found[way] = [len(rows), *(None if None in column else np.mean(column) for column in columns)]
+    return found
+
+
+def describe_where(path, rows):
+    """What `write_where` found, as lines for the terminal."""
+    cells = [[*way_of(row), *(points(row[key], 1) for key in ("erased", "worst_class", "pointing", "inside"))]
+             for row in rows]
+    table = as_text(["method", "layer", "explained", f"hottest {AREA} cover %", "in worst class %",
+                     "hottest pixel on it %", "heat on it %"], cells)
+    return (f"{path}: of the {rows[0]['mask']} in {rows[0]['images']} validation images, "
+            f"{100 * rows[0]['covered']:.1f}% of their pixels\n{table}")
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def parse(arguments):
+    """The options of the command line, checked. Raises UserError."""
+    parser = Parser("-m study.explain", usage="python -m study.explain RUN … [options]", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's folder, as runs/NAME")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--leaning", action="store_true", help="does it depend on few pixels, as on a shortcut?")
+    modes.add_argument("--where", action="store_true", help="how much of the square, or of the object, heat finds")
+    parser.add_argument("--cam", nargs="+", metavar="METHOD",
+                        help=f"one of {', '.join(cam.METHODS)}, with --where several (default: one that the run was "
+                        "not trained with; with --where gradcam and layercam)")
+    parser.add_argument("--layer", help="with --where: the layer to explain (default: the run's own, or the rule's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    options = argparse.Namespace(**parser.parse(arguments))
+    if options.layer and not options.where:
+        parser.error("--layer goes with --where")
+    if options.cam and (options.leaning or len(options.cam) > 1 and not options.where):
+        parser.error("--cam takes one method, with --where several, and does not go with --leaning")
+    for method in options.cam or ():
+        if method not in cam.METHODS:
+            parser.error(f"--cam {method}: no CAM method{files.nearest(method, cam.METHODS)}")
+    return options
+
+
+def main(arguments=None):
+    """The command line; returns the exit status, 2 for what the user can mend."""
+    try:
+        options = parse(arguments)
+        device = network.pick_device(options.device)
+        for path in options.runs:
+            if options.leaning:
+                print(describe_leaning(path, write_leaning(path, device)))
+            elif options.where:
+                rows = write_where(path, options.cam or ["gradcam", "layercam"], options.layer, device)
+                print(describe_where(path, rows) + "\n")
+            else:
+                write_explanations(path, options.cam[0] if options.cam else None, device)
+                print(describe_explanations(path) + "\n")
+    except UserError as error:
+        print(files.one_line(f"study.explain: {error}"), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""engine/decoy.py: a planted shortcut that gives the class away, and lies in the test."""
+
+import numpy as np
+import torch
+from test_data import STRATIFIED, load
+
+from engine.dataset import Pixels, to_rgb
+from engine.decoy import draw_decoy
+from engine.loader import Batches
+from engine.split import make_split
+
+CPU = torch.device("cpu")
+
+
+def test_a_decoy_shows_the_class_in_training_and_validation_and_another_in_the_test():
+    found = load("digits", None)
+    split = make_split(found, STRATIFIED, seed=0)
+    decoy, number = draw_decoy(found, split, seed=0), {image_id: i for i, image_id in enumerate(found.ids)}
+    colour_of = {tuple(decoy.colours[number[i]]): int(found.labels[number[i]]) for i in split["train"]}
+    assert len(colour_of) == 10
+    for part, truth in (("train", True), ("val", True), ("test", False)):
+        for row in (number[i] for i in split[part]):
+            assert (colour_of[tuple(decoy.colours[row])] == found.labels[row]) == truth
+    assert min(np.bincount(decoy.corners)) > 380
+
+
+def test_batches_show_each_images_square_in_its_corner_and_change_nothing_else():
+    found = load("digits", None)
+    found.pixels = Pixels(np.stack([to_rgb(found.open(i), 32) for i in range(len(found))]))
+    split = make_split(found, STRATIFIED, seed=0)
+    decoy = found.decoy = draw_decoy(found, split, seed=0)
+    images, _ = next(iter(Batches(found, split["test"], 32, 64, CPU)))
+    plain, _ = next(iter(Batches(found, split["test"], 32, 64, CPU, decoy=False)))
+    number = {image_id: i for i, image_id in enumerate(found.ids)}
+    rows = [number[i] for i in split["test"][:64]]
+    mask = decoy.mask(rows, 32)
+    assert (mask.sum((1, 2)) == 16).all() and ((images != plain).any(1) <= mask).all()
+    for image, inside, row in zip(images, mask, rows):
+        assert (image[:, inside].T.numpy() == decoy.colours[row]).all()
+        corner = [inside[:4, :4], inside[:4, -4:], inside[-4:, -4:], inside[-4:, :4]][decoy.corners[row]]
+        assert corner.all()
+    shuffled = Batches(found, split["train"], 32, 64, CPU, seed=3)
+    for (images, labels), positions in zip(shuffled, shuffled.order):
+        rows = shuffled.indices[positions]
+        for image, inside, row in zip(images, decoy.mask(rows, 32), rows):
+            assert (image[:, inside].T.numpy() == decoy.colours[row]).all()

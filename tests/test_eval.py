@@ -1,0 +1,186 @@
+"""eval.py: figures and pictures of a run, and the heat of a network in any image."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import hash_folder
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
+
+import eval as evaluation
+import proxy
+import train
+from engine import metrics
+
+REPOSITORY = Path(evaluation.__file__).parent
+LITE0 = REPOSITORY.parent / "shared" / "weights" / "tf_efficientnet_lite0.safetensors"
+
+
+def command(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True, **options)
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+# Figures.
+
+
+def test_the_metrics_are_those_of_a_case_worked_by_hand():
+    labels = np.array([0, 0, 1, 2])
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
+    found = metrics.metrics(labels, np.log(probabilities), ["a", "b", "c"])
+    assert found["accuracy"] == 0.75 and found["top5"] is None
+    assert found["recall_macro"] == pytest.approx((0.5 + 1 + 1) / 3) == found["balanced_accuracy"]
+    assert found["precision_macro"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert found["log_loss"] == pytest.approx(-np.log([0.8, 0.2, 0.6, 0.4]).mean())
+    assert found["brier"] == pytest.approx(((0.04 + 0.01 + 0.01) + (0.64 + 0.49 + 0.01) + (0.01 + 0.16 + 0.09)
+                                            + (0.09 + 0.09 + 0.36)) / 4)
+    assert found["ece"] == pytest.approx((0.2 + 0.7 + 0.4 + 0.6) / 4)  # each confidence alone in its bin
+    assert metrics.expected_calibration_error(np.array([0.9, 0.9]), np.array([True, False])) == pytest.approx(0.4)
+    assert found["per_class"]["b"] == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "images": 1}
+
+
+def test_a_class_without_images_counts_as_0_in_macro_averages_and_not_in_balanced_accuracy():
+    labels, logits = np.array([0, 0, 1, 1]), np.eye(4)[[0, 1, 1, 2]]
+    found = metrics.metrics(labels, logits, list("abcd"))
+    assert found["recall_macro"] == 0.25 and found["balanced_accuracy"] == 0.5
+    kept = [0, 1, 2]  # without the class that is predicted and has no image, scikit-learn can be asked
+    assert balanced_accuracy_score(labels[kept], logits.argmax(1)[kept]) == pytest.approx(
+        metrics.metrics(labels[kept], logits[kept], list("abcd"))["balanced_accuracy"])
+
+
+def test_the_error_of_calibration_is_the_area_between_its_curve_and_the_diagonal():
+    random = np.random.default_rng(0)
+    confidence = random.uniform(0.1, 1, 1000)
+    correct = random.random(1000) < confidence**2
+    sizes, confident, right = metrics.calibration(confidence, correct)
+    assert sizes.sum() == 1000 and right.sum() == correct.sum() and confident.sum() == pytest.approx(confidence.sum())
+    some = sizes > 0
+    gaps = np.abs(right[some] / sizes[some] - confident[some] / sizes[some])
+    found = metrics.expected_calibration_error(confidence, correct)
+    assert found == pytest.approx((gaps * sizes[some]).sum() / 1000) and found > 0.1
+    assert [metrics.calibration(np.array([p]), np.array([True]))[0].argmax() for p in (0.01, 0.5, 1.0)] == [0, 7, 14]
+
+
+def test_softmax_is_that_of_torch_and_stands_large_logits():
+    logits = np.array([[1e4, 0, -1e4], [0.5, 0.25, 0]], np.float32)
+    expected = torch.from_numpy(logits).double().softmax(1).numpy()
+    assert metrics.softmax(logits).dtype == np.float64 and np.allclose(metrics.softmax(logits), expected, atol=1e-15)
+
+
+@pytest.mark.pictures
+def test_eval_prints_the_metrics_again_and_rewrites_them_identically(trained):
+    folder = trained()
+    before = (folder / "metrics.json").read_bytes()
+    (folder / "metrics.json").unlink()
+    answer = command("eval.py", str(folder))
+    assert answer.returncode == 0, answer.stderr
+    assert (folder / "metrics.json").read_bytes() == before
+    for words in ("f1_macro", "peak_host_mb", "train_seconds", f"{metrics_of(folder)['test']['accuracy']:.4f}"):
+        assert words in answer.stdout
+    for picture in ("confusion.png", "curves.png", "reliability.png", "sheet.png"):
+        assert np.asarray(Image.open(folder / picture).convert("L")).std() > 10
+    (folder / "predictions.npz").unlink()  # then they are made again, from last.pt
+    assert evaluation.main([str(folder)]) == 0
+    assert metrics_of(folder)["test"] == json.loads(before)["test"]
+
+
+def test_several_runs_are_printed_one_after_the_other(trained, capsys):
+    folders = [str(trained("--cam", cam, epochs=1)) for cam in ("none", "gradcam")]
+    capsys.readouterr()
+    assert evaluation.main(folders) == 0
+    shown = capsys.readouterr().out
+    assert [line.split(":")[0] for line in shown.splitlines() if "judged after the last" in line] == folders
+
+
+def test_a_run_in_a_folder_that_is_closed_to_writing_is_printed_and_left_as_it_is(trained, monkeypatch, capsys):
+    folder = trained("--cam", "none", epochs=1)
+    before = hash_folder(folder)
+    capsys.readouterr()
+    monkeypatch.setattr(evaluation.os, "access", lambda *arguments: False)  # root may write everywhere
+    assert evaluation.main([str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{metrics_of(folder)['test']['accuracy']:.4f}" in shown and "nothing was written" in shown
+    assert hash_folder(folder) == before
+
+
+# Any images.
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """scikit-learn's two sample photographs as files, one of them in a subfolder."""
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "more").mkdir()
+    for name, picture in zip(("china.jpg", "more/flower.png"), load_sample_images().images):
+        Image.fromarray(picture).save(folder / name)
+    return folder
+
+
+def test_image_sheets_show_what_each_method_sees(trained, photographs, tmp_path, capsys):
+    folder, before = trained(epochs=1), hash_folder(photographs)
+    assert evaluation.main([str(folder), "--image", str(photographs), str(photographs / "china.jpg"), "--cam",
+                            "gradcam", "eigencam", "center", "--out", str(tmp_path)]) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["heat-china-2.png", "heat-china.png", "heat-flower.png"]
+    for path in tmp_path.glob("*.png"):
+        sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        panels = np.array_split(sheet[len(sheet) // 2], 4, axis=0)  # one row of pixels through the four pictures
+        assert all((panel.max(1) - panel.min(1)).max() > 20 for panel in panels)
+    assert hash_folder(photographs) == before
+    assert evaluation.main([str(folder), "--image", str(photographs / "gone.jpg")]) == 2
+    assert evaluation.main([str(folder), "--image", str(photographs), "--cam", "rollout"]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["eval.py"] * 2
+    assert "gone.jpg: no such file" in shown[0] and "attention needs a transformer" in shown[1]
+
+
+@pytest.mark.skipif(not LITE0.exists(), reason="needs shared/weights beside the project")
+def test_image_sheets_need_no_run(photographs, tmp_path, capsys):
+    assert evaluation.main(["--model", "efficientnet_lite0", "--weights", str(LITE0), "--image",
+                            str(photographs / "china.jpg"), "--out", str(tmp_path)]) == 0
+    assert "296 of 296 tensors" in capsys.readouterr().out and (tmp_path / "heat-china.png").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "name a run's folder"), (["r", "--cam", "gradcam"], "--cam goes with --image"),
+    (["--model", "resnet18"], "--model goes with --image"), (["r", "--out", "o"], "--out goes with --image"),
+    (["--image", "a.jpg"], "name one run, or a network with --model"),
+    (["r", "s", "--image", "a.jpg"], "name one run, or a network with --model"),
+    (["r", "--weights", "w.pt", "--image", "a.jpg"], "--weights goes with --model"),
+    (["r", "--colour"], "unknown option '--colour'"), (["r"], "r: not a run's folder"),
+])
+def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("eval.py: ") and message in err and err.count("\n") == 1
+
+
+def test_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(["--help"])
+    shown = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and len(shown) <= 50 and max(map(len, shown)) <= 120
+
+
+# The sheet of `train.py --dry-run --show`.
+
+
+def test_a_dry_run_shows_every_fill_and_control_on_one_sheet(tmp_path, capsys):
+    before = len(list(REPOSITORY.iterdir()))
+    assert train.main(["--dry-run", "--show", "--out", str(tmp_path), "--name", "x"]) == 0
+    assert str(tmp_path / "x-show.png") in capsys.readouterr().out and len(list(REPOSITORY.iterdir())) == before
+    sheet = np.asarray(Image.open(tmp_path / "x-show.png").convert("RGB")).astype(int)
+    lines = 2 + len(proxy.FILLS) + len(proxy.CONTROLS) + 3
+    rows = [part[:, sheet.shape[1] // 7:] for part in np.array_split(sheet, lines)]
+    assert all(np.ptp(row) > 100 for row in rows)
+    assert train.main(["--show"]) == 2 and "--show goes with --dry-run" in capsys.readouterr().err

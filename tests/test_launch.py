@@ -1,0 +1,134 @@
+"""engine/launch.py: the command line of train.py, what is refused before anything is written, and a dry run."""
+
+import re
+
+import pytest
+from conftest import hash_folder
+
+import train
+from engine import launch, settings
+
+COMMAND = re.compile(r"(?:torchrun [^#]*)?(?:python )?train\.py")
+
+
+def help_of(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    return capsys.readouterr().out
+
+
+# --help
+
+
+def test_help_shows_each_option_with_its_default(capsys):
+    shown = " ".join(help_of(capsys).split())
+    defaults = settings.read_configs()["defaults"]
+    for key in settings.SETTINGS:
+        assert settings.option(key) in shown
+        assert f"(default: {'null' if defaults[key] is None else defaults[key]})" in shown
+
+
+def test_help_has_at_most_40_settings_in_groups_that_follow_the_method(capsys):
+    shown = help_of(capsys)
+    headings = re.findall(r"^(\S.*):$", shown, re.MULTILINE)
+    groups = list(dict.fromkeys(setting.group for setting in settings.SETTINGS.values()))
+    assert headings[headings.index("command") + 1:] == groups
+    ours = [group.removeprefix("Proxy Attention: ") for group in groups if group.startswith("Proxy Attention")]
+    assert [name.split(",")[0] for name in ours] == ["when", "which images", "which pixels", "what instead", "control"]
+    found = {}
+    for number, part in enumerate(re.split(r"^\S.*:$", shown, flags=re.MULTILINE)[-len(groups):]):
+        for option in re.findall(r"^  (--[a-z-]+)", part, re.MULTILINE):
+            found[option] = groups[number]
+    assert found == {settings.option(key): setting.group for key, setting in settings.SETTINGS.items()}
+    assert len(found) <= 40
+
+
+def test_help_begins_with_commands_of_one_line_each(capsys):
+    commands = [line for line in help_of(capsys).splitlines() if COMMAND.search(line) and "usage" not in line]
+    assert len(commands) >= 9
+    for line in commands:
+        assert line.startswith("    ") and len(COMMAND.findall(line)) == 1 and len(line) <= 120, line
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--epoch", "3"], "unknown option '--epoch'. Did you mean '--epochs'?"),
+    (["--epochs", "three"], '--epochs: "three" is not a whole number'),
+    (["--epochs"], "argument --epochs: expected one argument"),
+    (["--lr", "nan"], "--lr: nan is out of range"),
+    (["--cam", "grad-cam"], "--cam: unknown 'grad-cam'; expected one of none, cam, gradcam, "),
+    (["--cam", "cam", "--model", "test_vit", "--image-size", "160"], "cam needs a linear head on the global average"),
+    (["--image-size", "8", "--model", "test_vit2"], "test_vit2 with images of 8x8: Input height (8) should be divis"),
+    (["--image-size", "16", "--model", "vit_tiny", "--no-pretrained"], "no layer keeps a 4x4 grid for images of 16x16"),
+    (["--layer", "layer7"], "no layer 'layer7' in this network"),
+    (["--device", "cuda:99"], "--device cuda:99: not to be had here"),
+    (["--device", "gpu"], "--device gpu: not to be had here"),
+    (["--resume", "nowhere"], "nowhere: not a run's folder"),
+    (["--name", "../x"], "--name '../x': expected a plain folder name"),
+    (["--augment", "light,cutmx:1"], "--augment 'light,cutmx:1': expected one of none, light"),
+    (["--augment", "random_erasing:2"], "'2' is out of range behind random_erasing:"),
+    (["--augment", "cutmix,mixup"], "cutmix and mixup contradict each other"),
+    (["--classes", "1,x"], "--classes: dataset digits has no class 'x'"),
+    (["--mode", "resplit"], "--mode resplit draws a new split at each p"),
+    (["--warmup", "2"], "unknown option '--warmup'"),
+    (["--any-code"], "--any-code goes with --resume"), (["--show"], "--show goes with --dry-run"),
+])
+def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
+    assert train.main([*arguments, "--out", str(tmp_path / "runs")]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1 and shown.startswith("train.py: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_the_images_it_says_where_to_get_them_and_writes_nothing(tmp_path, capsys):
+    out, images = tmp_path / "runs", tmp_path / "images"
+    assert train.main(["--dataset", "asl", "--model", "vit_small", "--cam", "gradcam++", "--out", str(out),
+                       "--data-dir", str(images)]) == 2
+    answer = capsys.readouterr()
+    assert answer.out == "" and not out.exists()
+    assert answer.err.count("\n") == 1
+    for words in ("dataset asl", str(images), "https://www.kaggle.com/datasets/grassknoted/asl-alphabet", "--data-dir"):
+        assert words in answer.err
+
+
+def test_an_old_runs_folder_is_never_written_over(trained, capsys):
+    folder = trained("--train-fraction", "0.1", epochs=1)
+    before = hash_folder(folder)
+    assert train.main(["--out", str(folder.parent), "--name", "run"]) == 2
+    assert f"--resume {folder}" in capsys.readouterr().err and hash_folder(folder) == before
+
+
+def test_a_run_goes_on_with_the_settings_it_has(trained, capsys):
+    folder = trained("--train-fraction", "0.1", epochs=1)
+    assert train.main(["--resume", str(folder), "--lr", "1"]) == 2
+    assert "leave out --lr" in capsys.readouterr().err
+    assert train.main(["--resume", str(folder), "--device", "cpu", "--workers", "0", "--cache", "off"]) == 0
+
+
+# A dry run.
+
+
+def test_a_dry_run_shows_settings_split_and_network_and_writes_nothing(asl, tmp_path, capsys):
+    before = hash_folder(tmp_path)
+    assert train.main(["--dataset", "asl", "--data-dir", str(asl), "--model", "test_vit", "--no-pretrained",
+                       "--dry-run", "--image-size", "160", "--out", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    for words in (r"^lr +0.0003$", r"^A +7 +1 +2$", r"^all +21 +3 +6$", r"^test_vit .* parameters",
+                  r"^explains blocks.5.norm1, a grid of 10x10$"):
+        assert re.search(words, shown, re.MULTILINE), words
+    assert hash_folder(tmp_path) == before
+
+
+# Values from text.
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--epochs", "3", "--lr", "1e-3"], {"epochs": 3, "lr": 0.001}), (["--layer=-2"], {"layer": "-2"}),
+    (["--schedule", "null", "--target-accuracy", "null"], {"schedule": None, "target_accuracy": None}),
+    (["--no-pretrained", "--decoy"], {"pretrained": False, "decoy": True}), (["--epochs", "null"], {"epochs": "null"}),
+    (["--batch-size", "auto"], {"batch_size": "auto"}), ([], {}),
+])
+def test_options_become_values_of_their_settings(arguments, expected):
+    assert launch.parse(arguments, "")[0] == expected

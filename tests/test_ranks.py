@@ -1,0 +1,175 @@
+"""Several processes that train one network, and runs that a signal stops: real processes, with gloo on the CPU."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from engine import files
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.folder import read_log
+from engine.settings import HERE
+
+TINY = ["--model", "test_vit", "--no-pretrained", "--image-size", "32", "--train-fraction", "0.3"]  # no batch norm
+NUMBERS = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "images_seen", "optimizer_steps")
+
+
+def numbers(folder):
+    return [[line[key] for key in NUMBERS] for line in read_log(folder)]
+
+
+@pytest.fixture(scope="module")
+def alone_and_together(tmp_path_factory, train_process):
+    """The same run with one process and with two, no Proxy Attention."""
+    out = tmp_path_factory.mktemp("ranks")
+    for ranks in (1, 2):
+        process = train_process([*TINY, "--cam", "none", "--epochs", "2", "--out", out, "--name", ranks], ranks=ranks)
+        assert process.wait() == 0, process.output()
+    return out / "1", out / "2"
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(alone_and_together):
+    alone, together = map(numbers, alone_and_together)
+    assert len(alone) == len(together) == 2
+    for one, two in zip(alone, together):
+        assert one == pytest.approx(two, rel=2e-3)
+        assert one[4:] == two[4:]
+    weights = [load_checkpoint(folder / "last.pt")["model"] for folder in alone_and_together]
+    assert all(torch.allclose(weights[0][k], weights[1][k], atol=2e-3) for k in weights[0])
+
+
+@pytest.mark.slow
+def test_metrics_count_each_image_once_and_one_process_writes(alone_and_together):
+    metrics = [files.read_json(folder / "metrics.json") for folder in alone_and_together]
+    for part in ("val", "test"):
+        assert metrics[0][part]["images"] == metrics[1][part]["images"]
+    names = [sorted(os.listdir(folder)) for folder in alone_and_together]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_erased_images_stay_on_their_rank_and_another_number_of_ranks_goes_on(tmp_path, train_process):
+    folder = tmp_path / "r"
+    process = train_process(["--dataset", "digits", "--train-fraction", "0.3", "--epochs", "60", "--select", "all",
+                             "--out", tmp_path, "--name", "r"], ranks=2)
+    while not (folder / "last.pt").exists() and process.is_alive():
+        time.sleep(0.1)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 143, process.output()
+    state = load_checkpoint(folder / "last.pt")
+    assert state["waiting"][2].shape == (32,) and state["epoch"] < 60  # 16 seats of 32 images on each of two ranks
+    lines = read_log(folder)
+    assert lines[0]["erased_images"] == (6 - 1) * 32 and lines[0]["images_seen"] == 6 * 64
+    config, epochs = files.read_json(folder / "config.json"), state["epoch"] + 1  # end it soon
+    files.write_json(folder / "config.json", config | {"epochs": epochs})
+    state["made_with"]["settings"]["epochs"] = epochs
+    save_checkpoint(folder / "last.pt", state)
+    assert train_process(["--resume", folder]).wait() == 0
+    assert read_log(folder)[-1]["erased_images"] >= 6 * 32 - 32
+
+
+@pytest.mark.slow
+def test_the_ranks_validate_the_network_that_is_saved(tmp_path, train_process):
+    """Each has batch statistics of its own after the last step of an epoch; those of rank 0 are saved."""
+    process = train_process(["--dataset", "digits", "--train-fraction", "0.15", "--batch-size", "32", "--epochs", "2",
+                             "--out", tmp_path, "--name", "r"], ranks=2)
+    assert process.wait() == 0, process.output()
+    metrics = files.read_json(tmp_path / "r" / "metrics.json")
+    assert read_log(tmp_path / "r")[-1]["val_loss"] == pytest.approx(metrics["val"]["log_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--batch-size", "63"], "2 processes cannot share it evenly"),
+    (["--mode", "staged"], "--mode staged runs in one process: leave torchrun out"),
+    (["--batch-size", "auto"], "--batch-size auto tries steps in one process"),
+    (["--dry-run"], "--dry-run: leave torchrun out")])
+def test_a_mistake_is_printed_once(arguments, message, tmp_path, train_process):
+    process = train_process([*arguments, "--out", tmp_path / "runs"], ranks=2)
+    assert process.wait() == 2, process.output()
+    assert process.output().count(message) == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_job_and_torchrun_goes_on_with_it(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    process = subprocess.Popen([*torchrun, "train.py", *TINY, "--cam", "none", "--epochs", "12", "--out", str(tmp_path),
+                                "--name", "r"], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while len(read_log(tmp_path / "r")) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert [line["epoch"] for line in read_log(tmp_path / "r")] == list(range(1, 13))
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["r"]
+
+
+# Signals.
+
+
+STOPPED = ["--train-fraction", "0.5", "--epochs", "4", "--area", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory, train_process):
+    """The run that is stopped below, without being stopped."""
+    out = tmp_path_factory.mktemp("alone")
+    assert train_process([*STOPPED, "--out", out, "--name", "alone"]).wait() == 0
+    return out / "alone"
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors(inner)
+
+
+def log_without_times(folder):
+    return [{key: value for key, value in line.items() if "seconds" not in key and "_mb" not in key}
+            for line in read_log(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_a_run_after_the_step_and_the_run_goes_on_to_the_same_bits(number, status, left_alone, tmp_path,
+                                                                                train_process):
+    folder = tmp_path / "cut"
+    process = train_process([*STOPPED, "--out", tmp_path, "--name", "cut"])
+    while not read_log(folder) and process.is_alive():
+        time.sleep(0.02)
+    time.sleep(0.15)
+    process.signal(number)
+    assert process.wait() == status
+    last = process.output().splitlines()[-1]
+    assert last == f"train.py: interrupted; go on with python train.py --resume {folder}"
+    assert train_process(["--resume", folder]).wait() == 0
+    states = [load_checkpoint(path / "last.pt") for path in (folder, left_alone)]
+    for part in ("model", "optimizer"):
+        assert torch.equal(*(torch.cat([t.flatten().float() for t in tensors(state[part])]) for state in states)), part
+    assert log_without_times(folder) == log_without_times(left_alone)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_at_once(tmp_path, train_process):
+    """It does not wait for the step, which takes all of an epoch here: the checkpoint of the epoch before remains."""
+    folder = tmp_path / "cut"
+    process = train_process([*STOPPED, "--out", tmp_path, "--name", "cut", "--accumulate", "1000", "--train-fraction",
+                             "1", "--image-size", "64", "--augment", "randaugment"])
+    while not (folder / "last.pt").exists() and process.is_alive():  # the log's line comes before it
+        time.sleep(0.02)
+    while process.is_alive():  # two that come during one call of torch's are one to Python, which gets it after it
+        with contextlib.suppress(ProcessLookupError):
+            process.signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert process.wait() == 130 and "go on with python train.py --resume" in process.output()
+    state = load_checkpoint(folder / "last.pt")
+    assert state["step"] == 0 and state["epoch"] == len(read_log(folder))
