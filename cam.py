@@ -7,18 +7,19 @@
 
 A hook keeps the explained layer's activations A; `torch.autograd.grad` of a class's logit with respect to A walks back
 through what lies behind that layer only, and the formula is a few sums over A's grid. The model's mode, parameters and
-gradients are not touched, and nothing outlives the `with` block.
-
-To add a method, write a function of (activations, gradients) and put it into `WEIGHTS`, `ATTENTION` or `CONTROLS`.
+gradients are not touched, and nothing outlives the `with` block. This file serves alone in a loop of your own, where
+you name the layer. To add a method, write a function of (A, G) and put it into `WEIGHTS`, `ATTENTION` or `CONTROLS`.
 """
 
+import math
+import re
 import weakref
 
 import torch
 import torch.nn.functional as F
 
-from engine.hooks import MIN_GRID, Hooks, unwrap
-
+MIN_GRID = 4  # a coarser grid than 4 x 4 shows too little of where
+FROM_END = re.compile(r"-[1-9]\d*", re.ASCII)  # in the place of a layer's name: -1 is the last stage, -2 the one before
 FINE_STEP = 2.0**15  # float16 gradients of a logit may lie below the smallest it can hold: taken at this scale as well
 
 # --- methods that weigh activations: (A, G) -> weights, where heat is the channel sum of weights times A -------------
@@ -27,11 +28,7 @@ FINE_STEP = 2.0**15  # float16 gradients of a logit may lie below the smallest i
 
 
 def cam(A, G):
-    """CAM, Zhou et al. 2016, equation 2: a channel weighs what the linear head gives it.
-
-    G holds the head's row as [N, C, 1, 1]. For networks that end in global average pooling and a linear layer; no
-    gradient is taken.
-    """
+    """CAM, Zhou et al. 2016, equation 2: G is the linear head's row, [N, C, 1, 1], behind global average pooling."""
     return G
 
 
@@ -44,14 +41,12 @@ def gradcam_plus_plus(A, G):
     """Grad-CAM++, Chattopadhay et al. 2018, equations 11 and 19.
 
     With Y = exp(S), as the paper has it, equation 19 becomes alpha = G^2 / (2 G^2 + sum(A) G^3), and a channel weighs
-    sum(alpha relu(G)). The constant 1e-6 is not in the paper but in the grad-cam library, and so in most published
-    figures. It keeps the quotient finite where activations are negative (a ViT's norm), and matters: logits' gradients
-    are often around 1e-3, so that it moved the map of an untrained resnet18 by up to 0.06 and of an EfficientNet by
-    up to 0.015.
+    sum(alpha relu(G)). The constant 1e-6 is not the paper's but the grad-cam library's, and so in most published
+    figures: it keeps the quotient finite where activations are negative, and moved the map of an untrained resnet18 by
+    up to 0.06.
     """
     g = G.relu()  # what is not positive weighs nothing, whatever its alpha
-    # alpha g = g / (2 + sum(A) g + 1e-6 / g^2), in place where it can be, as fresh memory costs more than the
-    # arithmetic
+    # alpha g = g / (2 + sum(A) g + 1e-6 / g^2), in place, as fresh memory costs more than the arithmetic
     denominator = g.square().reciprocal_().mul_(1e-6).add_(2).addcmul_(A.sum((2, 3), keepdim=True), g)
     return g.div_(denominator).sum((2, 3), keepdim=True)
 
@@ -75,9 +70,7 @@ def layercam(A, G):
 
 
 def elementwise(A, G):
-    """HiResCAM with each product G A cut off below zero before the sum, as the grad-cam library's
-    GradCAMElementWise.
-    """
+    """HiResCAM with each product G A cut off below zero, as the grad-cam library's GradCAMElementWise."""
     return torch.where(G * A > 0, G, 0.0)
 
 
@@ -87,9 +80,7 @@ def eigencam(A, G):
 
 
 def eigengradcam(A, G):
-    """Eigen-CAM of the activations times their gradients, as the grad-cam library's EigenGradCAM: it depends on the
-    class.
-    """
+    """Eigen-CAM of the activations times their gradients, as the grad-cam library's EigenGradCAM."""
     return G
 
 
@@ -101,8 +92,8 @@ EIGEN = {"eigencam", "eigengradcam"}  # project on the first principal component
 def principal(maps):
     """Maps [N, C, h, w], each place a point in C dimensions, projected on their first principal component: [N, h, w].
 
-    Found as the top eigenvector of the hw x hw Gram matrix, which is small whatever C is. Its sign is arbitrary; here
-    the largest value in size is positive, as in Seg-Eigen-CAM (Chung and Ying 2025, equation 13).
+    Found as the top eigenvector of the hw x hw Gram matrix, small whatever C is; the sign is that which makes the value
+    largest in size positive, as in Seg-Eigen-CAM (Chung and Ying 2025, equation 13).
     """
     points = maps.flatten(2).double()
     points = points - points.mean(2, keepdim=True)
@@ -117,9 +108,7 @@ def principal(maps):
 
 
 def rollout(A, G):
-    """Attention rollout, Abnar and Zuidema 2020, section 3: heads averaged, half of each token kept, blocks
-    multiplied.
-    """
+    """Attention rollout, Abnar and Zuidema 2020: heads averaged, half of each token kept, blocks multiplied."""
     relevance = identity = torch.eye(A[0].shape[-1], dtype=A[0].dtype, device=A[0].device)
     for attention in A:
         relevance = (attention.mean(1) + identity) / 2 @ relevance
@@ -129,8 +118,7 @@ def rollout(A, G):
 def gradrollout(A, G):
     """Generic attention explainability, Chefer et al. 2021 (ICCV), equations 5 and 6, for self-attention.
 
-    R starts as the identity and gains mean_heads(relu(G A)) R in each block. (Their CVPR 2021 paper propagates
-    relevance through every layer instead, and needs rules for each.)
+    Relevance starts as the identity and gains mean_heads(relu(G A)) times itself in each block.
     """
     relevance = torch.eye(A[0].shape[-1], dtype=A[0].dtype, device=A[0].device).expand(len(A[0]), -1, -1)
     for attention, gradient in zip(A, G):
@@ -156,9 +144,8 @@ def center(A, G):
 
 
 CONTROLS = {"random": random, "center": center}
-METHODS = {**WEIGHTS, **ATTENTION, **CONTROLS}
+METHODS = (*WEIGHTS, *ATTENTION, *CONTROLS)
 NO_GRADIENT = {"cam", "eigencam", "rollout", *CONTROLS}
-OTHERS = f"use {' or '.join(method for method in WEIGHTS if method != 'cam')}"  # what serves any network
 
 
 # --- which score is explained: (logits [N, classes], labels [N]) -> class [N], and class [N] that counts against it ---
@@ -185,8 +172,7 @@ def rescale(maps):
 def upsample(heat, size):
     """Heat [N, h, w] at image size [N, H, W], bilinear, rescaled to [0, 1] per image. size: H = W, or (H, W)."""
     if heat.numel() == 0:
-        height, width = (size, size) if isinstance(size, int) else size
-        return heat.new_zeros(len(heat), height, width)
+        return heat.new_zeros(len(heat), *((size, size) if isinstance(size, int) else size))
     return rescale(_interpolate(heat, size))
 
 
@@ -194,27 +180,128 @@ def _interpolate(maps, size):
     return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-class CAM(Hooks):
+class CAM:
     """Heat from the forward passes made inside the `with` block. The same object may be entered again and again.
 
-    model, layer, compiled: as in `Hooks`. method: a key of `METHODS`.
+    model: a timm network, or any nn.Module with `layer` given. method: one of METHODS. layer: a module of `model`, its
+    name, or None for the rule: the deepest layer that keeps a 4 x 4 grid, among the stages that timm names
+    (`feature_info`) and what follows the last of them; "-2" is the stage before the last, whatever its grid. Where a
+    class token alone is read out, the last block's output has no gradient at the patches; there it is that block's
+    first norm. The choice is made at the first forward pass and then kept, as `layer_name`.
+    compiled: whether the model will be compiled; make the CAM before it is called for the first time.
     Raises ValueError, naming what would serve, for an unknown method or layer and where no layer or method fits.
-
-    Under `torch.compile`, make the CAM before the compiled model is called for the first time. Each hook breaks the
-    compiled graph in two.
     """
 
     def __init__(self, model, method="gradcam", layer=None, compiled=False):
         if method not in METHODS:
             raise ValueError(f"unknown CAM method {method!r}; there are {', '.join(METHODS)}")
-        self.method = method
-        self._checked = False  # whether head or attention were seen to be what the method takes them for
-        head = self._linear_head(unwrap(model)[-1]) if method == "cam" else None
-        super().__init__(model, layer, method in ATTENTION, head, compiled)
+        wrappers = unwrap(model)
+        self.model, self.method = wrappers[-1], method
+        self._compiled = compiled or any(hasattr(w, "_orig_mod") or getattr(w, "_compiled_call_impl", None)
+                                         for w in wrappers)
+        if self._compiled:  # the compiler is to see hooks, and to let the graph be walked twice
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            torch._functorch.config.donated_buffer = False
+        self.names = {module: name for name, module in self.model.named_modules()}
+        self.prefix = getattr(self.model, "num_prefix_tokens", 0)
+        self.layer, self._hooks, self._parts, self.min_grid = None, [], [], MIN_GRID
+        if method == "cam" or method in ATTENTION:
+            self._parts.append(_engine().Head(self) if method == "cam" else _engine().Attention(self, layer))
+        if layer is not None and not (isinstance(layer, str) and FROM_END.fullmatch(layer)):
+            self.layer = self._find(layer)
+        elif method not in ATTENTION:
+            self._parts.append(_engine().Rule(self, layer))
+        self.release()
+
+    @property
+    def layer_name(self):
+        """Name of the explained layer; None before the rule has chosen, or for attention."""
+        return self.names.get(self.layer)
+
+    def _find(self, layer):
+        """The module that `layer` names, or is."""
+        by_name = {name: module for module, name in self.names.items()}
+        module = by_name.get(layer.strip()) if isinstance(layer, str) else layer
+        if module not in self.names:
+            what = f"no layer {layer!r} in this network" if isinstance(layer, str) else "a layer is not of this network"
+            raise ValueError(f"{what}; its parts are {', '.join(name for name, _ in self.model.named_children())}")
+        return module
+
+    def __enter__(self):
+        if self._hooks:
+            raise RuntimeError("this CAM's block has been entered already")
+        self.hook(self.model.register_forward_pre_hook, self._before, with_kwargs=True)
+        for part in self._parts:
+            part.add_hooks()
+        if self.layer is not None:
+            self.explain_layer(self.layer)
+        return self
+
+    def hook(self, register, function, **options):
+        """Register a hook for this block, run between compiled graphs: within one, autograd cannot reach A."""
+        self._hooks.append(register(torch.compiler.disable(function) if self._compiled else function, **options))
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.release()
 
     def release(self):
-        super().release()
-        self._logits = None
+        """Forget the last forward pass."""
+        self.activations, self._logits = {}, None
+        for part in self._parts:
+            part.release()
+
+    def _before(self, module, args, kwargs):
+        self.release()
+        images = args[0] if args else next(iter(kwargs.values()))
+        self.batch, self.height, self.width = images.shape[0], images.shape[-2], images.shape[-1]
+
+    def explain_layer(self, layer, output=None):
+        """Keep what this module gives in later passes, and `output`, of the pass that goes on."""
+        def keep(module, args, output):
+            output = self.activations[0] = self.with_gradient(output)
+            return output
+
+        self.layer, self.activations = layer, {} if output is None else {0: output}
+        self.hook(layer.register_forward_hook, keep)
+
+    @staticmethod
+    def with_gradient(output):
+        """`output`, or where nothing before it is trained, a copy that autograd can ask about."""
+        if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad \
+                and output.is_floating_point() and not output.is_inference():
+            # cloned, for a layer behind it may work in place, which autograd forbids on a leaf
+            return output.detach().requires_grad_().clone()
+        return output
+
+    def grid(self, tensor):
+        """Output of a layer as [B, C, h, w], or None where it is not a map of the image.
+
+        Tokens [B, T, C] lose the prefix tokens; [B, h, w, C] is told from [B, C, h, w] by the image's proportions.
+        """
+        if tensor.shape[0] != self.batch:
+            return None
+        if tensor.dim() == 3:
+            for prefix in (self.prefix, 0):  # some networks add their class token in later blocks
+                sides = self.token_grid(tensor.shape[1] - prefix)
+                if sides:
+                    return tensor[:, prefix:].transpose(1, 2).unflatten(2, sides)
+            return None
+        if tensor.dim() != 4:
+            return None
+        first, last = (abs(h * self.width / self.height - w) <= 1 for h, w in (tensor.shape[2:], tensor.shape[1:3]))
+        if last and (not first or getattr(self.model, "output_fmt", "NCHW") == "NHWC"):
+            return tensor.permute(0, 3, 1, 2)
+        return tensor if first else None
+
+    def token_grid(self, count):
+        """(h, w) of a grid of `count` tokens in the image's proportions, or None."""
+        h = round(math.sqrt(max(count, 0) * self.height / self.width))
+        if h == 0 or count % h or abs(h * self.width / self.height - count // h) > 1:
+            return None
+        return h, count // h
 
     @torch.no_grad()
     def __call__(self, logits, rows=None, classes=None, against=None):
@@ -237,12 +324,12 @@ class CAM(Hooks):
             rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
         count = len(logits) if rows is None else len(rows)
         if classes is None:
-            classes = _pick(logits.detach(), rows).argmax(1)
+            classes = (logits if rows is None else logits[rows]).detach().argmax(1)
         classes, against = (None if c is None else torch.as_tensor(c, device=logits.device).expand(count)
                             for c in (classes, against))
         with torch.autocast(logits.device.type, enabled=False):
-            from_what = self._from_attention if self.attentions else self._from_layer
-            return from_what(logits, rows, classes, against)
+            heat = self._from_attention if self.method in ATTENTION else self._from_layer
+            return heat(logits, rows, classes, against)
 
     def _from_layer(self, logits, rows, classes, against):
         A = self.activations[0]
@@ -251,55 +338,26 @@ class CAM(Hooks):
             raise ValueError(f"layer {self.layer_name} gives no map of images of {self.height}x{self.width}: name "
                              "another")
         if self.method == "cam":
-            self._check(_is_average(self.pooled, A),
-                        f"cam needs a linear head on the global average of layer {self.layer_name}")
-        A = _pick(A, rows).to(_at_least_float32(A))
+            weights = self._parts[0].weights(A, classes, against)
+        A = (A if rows is None else A[rows]).to(torch.promote_types(A.dtype, torch.float32))
         if len(A) == 0:
             return A.new_zeros(0, *A.shape[2:])
         if self.method in CONTROLS:
             return rescale(CONTROLS[self.method](A, None).relu())
         G = None
         if self.method == "cam":
-            head = self._head.weight.detach()
-            G = (head[classes] - (0 if against is None else head[against]))[:, :, None, None].to(A.dtype)
+            G = weights.to(A.dtype)
         elif self.method not in NO_GRADIENT:
-            gradient, = self._gradients(logits, [self.activations[0]], rows, classes, against)
-            G = _pick(self.grid(gradient), rows)
+            G = self.grid(self._gradients(logits, [self.activations[0]], rows, classes, against)[0])
+            G = G if rows is None else G[rows]
         weighted = WEIGHTS[self.method](A, G) * A
         return rescale((principal(weighted) if self.method in EIGEN else weighted.sum(1)).relu())
 
     def _from_attention(self, logits, rows, classes, against):
-        first = self.activations[0]
-        every = first.dim() == 3 and first.shape[0] == self.batch  # windows would come as more than one per image
-        sides = self.token_grid(first.shape[1] - self.prefix) if every else None
-        if sides is None or min(sides) < MIN_GRID:
-            raise ValueError(f"{self.method} needs attention over all of the image, at least {MIN_GRID}x{MIN_GRID} "
-                             "patches; use gradcam, or larger images")
-        dtype = _at_least_float32(first)
-        if len(classes) == 0:
-            return torch.zeros(0, *sides, dtype=dtype, device=logits.device)
-        unread = f"{self.method} cannot read this network's attention, which is more than a softmax of q k^T"
-        if len(self.qkv) < len(self.attentions):  # some blocks use their qkv layer's weights without calling it
-            self._check(lambda: False, unread)
-        A, V = zip(*(self._attend(module, _pick(self.qkv[i].detach(), rows).to(dtype))
-                     for i, module in enumerate(self.attentions)))
-        mixed = [_pick(self.activations[i].detach(), rows).to(dtype) for i in range(len(A))]
-        self._check(lambda: all(_close((a @ v).transpose(1, 2).flatten(2), o) for a, v, o in zip(A, V, mixed)), unread)
-        G = None
-        if self.method not in NO_GRADIENT:
-            of_mixed = self._gradients(logits, [self.activations[i] for i in range(len(A))], rows, classes, against)
-            # The output of a head is its probabilities times v, so that is how the gradient comes back to them.
-            G = [_pick(g, rows).unflatten(2, (v.shape[1], -1)).transpose(1, 2) @ v.transpose(2, 3)
-                 for g, v in zip(of_mixed, V)]
-        relevance = ATTENTION[self.method](A, G)
-        read = relevance[:, 0] if self.reads_class_token() else relevance[:, self.prefix:].mean(1)
-        return rescale(read[:, self.prefix:].unflatten(1, sides))
+        def gradients(tensors):
+            return None if self.method in NO_GRADIENT else self._gradients(logits, tensors, rows, classes, against)
 
-    def _attend(self, module, qkv):
-        """Attention probabilities [N, heads, T, T] and values [N, heads, T, d] of one block, from its q, k and v."""
-        q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (getattr(module, f"{name}_norm", torch.nn.Identity())(t) for name, t in (("q", q), ("k", k)))
-        return (q * module.scale @ k.transpose(2, 3)).softmax(3), v
+        return rescale(self._parts[0].relevance(ATTENTION[self.method], gradients, rows, len(classes)))
 
     def _gradients(self, logits, tensors, rows, classes, against):
         """The score's gradient with respect to each tensor, all rows of the batch, float32 or float64."""
@@ -314,7 +372,7 @@ class CAM(Hooks):
 
         def take(scale):
             taken = torch.autograd.grad(logits, tensors, of_logits * scale, retain_graph=True)
-            return [gradient.to(_at_least_float32(gradient)) for gradient in taken]
+            return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in taken]
 
         gradients = take(1)
         if logits.dtype == torch.float16:
@@ -324,44 +382,19 @@ class CAM(Hooks):
                 gradients[i] = torch.where(finite, fine / FINE_STEP, gradients[i])
         return gradients
 
-    def _check(self, fits, problem):
-        """Once, as the answer has to come back from the device."""
-        self._checked = self._checked or bool(fits())
-        if not self._checked:
-            raise ValueError(f"{problem}; {OTHERS}")
 
-    @staticmethod
-    def _linear_head(model):
-        """The linear head, for `cam`."""
-        head = model.get_classifier() if hasattr(model, "get_classifier") else None
-        head = head or next((m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.Linear)), None)
-        if not isinstance(head, torch.nn.Linear):
-            raise ValueError(f"cam needs a network that ends in global average pooling and one linear layer; {OTHERS}")
-        return head
+def _engine():
+    """What the rule for the layer, attention and `cam` need; not there where this file serves alone."""
+    try:
+        from engine import hooks
+    except ImportError:
+        raise ValueError("without engine/hooks.py beside cam.py, name the layer to explain and a method that takes a "
+                         "gradient") from None
+    return hooks
 
 
-def _pick(tensor, rows):
-    """The rows of a tensor, or without a copy all of them."""
-    return tensor if rows is None else tensor[rows]
-
-
-def _at_least_float32(tensor):
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _is_average(pooled, A):
-    """A function that tells whether `pooled` [B, C] is the mean of A [B, C, h, w] over its grid, but for dropout."""
-    def answer():
-        if pooled is None or pooled.shape != A.shape[:2]:
-            return False
-        kept = pooled != 0
-        return _close(pooled[kept], A.float().mean((2, 3))[kept], free_scale=True)
-
-    return answer
-
-
-def _close(found, expected, free_scale=False):
-    """Whether two tensors agree to 1%, in norm; with `free_scale`, up to a factor."""
-    found, expected = found.float(), expected.float()
-    scale = (found * expected).sum() / (expected**2).sum().clamp_min(1e-30) if free_scale else 1.0
-    return (found - scale * expected).norm() <= 1e-2 * found.norm()
+def unwrap(model):
+    """[the model, what its wrapper holds, …]: of torch.compile, DistributedDataParallel and DataParallel."""
+    parallel = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
+    inside = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+    return [model, *unwrap(inside)] if inside is not None else [model]

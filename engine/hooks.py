@@ -1,239 +1,198 @@
-"""Which layer is explained, and what hooks keep of a forward pass for it.
+"""What some CAMs need beside a named layer: the rule that picks one, attention through all blocks, a linear head.
 
-    with Hooks(model) as hooks:
-        logits = model(images)
-        hooks.activations[0]            # the explained layer's output, with a graph from it to the logits
-
-The rule for the layer: the deepest one that keeps at least a 4 x 4 grid, among the stages that timm names
-(`feature_info`) and what follows the last of them. The model's mode, parameters and gradients are not touched, and
-nothing outlives the `with` block.
+Each is a part of a `cam.CAM`, whose hooks, gradients and maps it uses. `cam.py` serves without this file where a layer
+is named and the method takes a gradient.
 """
-
-import math
-import re
 
 import torch
 
-MIN_GRID = 4  # a coarser grid than 4 x 4 shows too little of where
-FROM_END = re.compile(r"-[1-9]\d*", re.ASCII)  # in the place of a layer's name: -1 is the last stage, -2 the one before
 
+class Rule:
+    """Picks the layer to explain at the first forward pass: the deepest stage that keeps a grid, or the -layer-th.
 
-class Hooks:
-    """What `cam.CAM` keeps of the forward passes made inside the `with` block; it may be entered again and again.
-
-    model: a timm network, or any nn.Module with `layer` given. layer: a module of `model`, its name, or None for the
-      rule; "-2" is the stage before the last, whatever its grid. Where a class token alone is read out, the last
-      block's output has no gradient at the patches; there it is that block's first norm. The choice is made at the
-      first forward pass and then kept. attention: keep what every block attends to, instead of one layer. head: a
-      linear layer whose input is kept as well. compiled: whether the model will be compiled; one that is compiled
-      already shows that itself. Raises ValueError, naming what would serve, for an unknown layer and where no layer
-      fits.
+    cam: the `cam.CAM`. layer: None, or a number from the end as "-2". Raises ValueError where no layer serves.
     """
 
-    def __init__(self, model, layer=None, attention=False, head=None, compiled=False):
-        wrappers = unwrap(model)
-        self.model = wrappers[-1]
-        self._compiled = compiled or any(hasattr(w, "_orig_mod") or getattr(w, "_compiled_call_impl", None)
-                                         for w in wrappers)
-        if self._compiled:  # the compiler is to look at hooks, and to let the graph be walked twice
-            torch._dynamo.config.skip_nnmodule_hook_guards = False
-            torch._functorch.config.donated_buffer = False
-        self._names = {module: name for name, module in self.model.named_modules()}
-        self._stages = [info["module"] for info in getattr(self.model, "feature_info", [])]
-        self.prefix = getattr(self.model, "num_prefix_tokens", 0)
-        self._head = head
-        self.attentions = self._attention_modules(layer) if attention else []
-        self._stage = int(layer) if isinstance(layer, str) and FROM_END.fullmatch(layer) else None
-        self.layer = None if layer is None or self._stage else self._find(layer)
-        if self.layer is None and not (self._stages or self.attentions):
+    def __init__(self, cam, layer):
+        self.cam, self.number, self.kept = cam, int(layer or 0), []
+        self.stages = [info["module"] for info in getattr(cam.model, "feature_info", [])]
+        if not self.stages:
             raise ValueError("this network does not name its stages: name the layer to explain, one of "
-                             f"{', '.join(name for name in self._names.values() if name)}")
-        self._hooks = []
-        self.release()
+                             f"{', '.join(name for name in cam.names.values() if name)}")
 
-    @property
-    def layer_name(self):
-        """Name of the explained layer; None before the rule has chosen, or for attention."""
-        return self._names.get(self.layer)
+    def add_hooks(self):
+        """Keep what every module gives, until the network's own output is there and the layer is chosen."""
+        if self.cam.layer is not None:
+            return
+        for name, module in self.cam.model.named_modules():
+            if name:
+                self.cam.hook(module.register_forward_hook, lambda m, i, output, name=name: self.keep(name, output))
+        self.cam.hook(self.cam.model.register_forward_hook, lambda *_: self.choose())
 
-    def _find(self, layer):
-        """The module that `layer` names, or is."""
-        by_name = {name: module for module, name in self._names.items()}
-        module = by_name.get(layer.strip()) if isinstance(layer, str) else layer
-        if module not in self._names:
-            what = f"no layer {layer!r} in this network" if isinstance(layer, str) else "a layer is not of this network"
-            raise ValueError(f"{what}; its parts are {', '.join(name for name, _ in self.model.named_children())}")
-        return module
+    def release(self):
+        self.kept = []
 
-    def _attention_modules(self, layer):
-        """The blocks' attention, for `rollout` and `gradrollout`."""
-        found = [m for m in self.model.modules()
-                 if all(hasattr(m, part) for part in ("qkv", "proj", "num_heads", "scale")) and m.qkv is not None]
-        if not found:
-            raise ValueError("attention needs a transformer whose blocks have one qkv layer each; use gradcam")
-        if layer is not None:
-            raise ValueError("attention is followed through all blocks: leave the layer out")
-        return found
-
-    # hooks, and what they keep
-
-    def __enter__(self):
-        if self._hooks:
-            raise RuntimeError("this CAM's block has been entered already")
-        self._hooks.append(self.model.register_forward_pre_hook(self._outside_graph(self._before), with_kwargs=True))
-        if self._head is not None:
-            self._hooks.append(self._head.register_forward_pre_hook(self._outside_graph(self._keep_pooled)))
-        if self.attentions:
-            self._hook_attention()
-        elif self.layer is not None:  # an empty container counts as false
-            self._hook_layer()
-        else:
-            for name, module in self.model.named_modules():
-                if name:
-                    hook = module.register_forward_hook(lambda m, i, out, name=name: self._keep_candidate(name, out))
-                    self._hooks.append(hook)
-            self._hooks.append(self.model.register_forward_hook(lambda *_: self._choose()))
-        return self
-
-    def _hook_layer(self):
-        def keep(module, args, output):
-            output = self.activations[0] = _with_gradient(output)
+    def keep(self, name, output):
+        if self.cam.layer is None and torch.is_tensor(output) and output.is_floating_point() and output.dim() > 2:
+            output = self.cam.with_gradient(output)
+            self.kept.append((name, output))
             return output
 
-        self._hooks.append(self.layer.register_forward_hook(self._outside_graph(keep)))
+    def choose(self):
+        """Fix the explained layer, from the names and outputs that the first forward pass went through."""
+        if self.cam.layer is not None:
+            return
+        least, kept, self.kept = self.cam.min_grid, self.kept, []
+        grids = {name: grid.shape[-2:] for name, output in kept if (grid := self.cam.grid(output)) is not None}
+        allowed = self.allowed([name for name, _ in kept], grids)
+        fine = [(name, output) for name, output in kept
+                if name in allowed and name in grids and (self.number or min(grids[name]) >= least)]
+        if not fine:
+            sizes = ", ".join(f"{name} {h}x{w}" for name, (h, w) in grids.items() if name in allowed) or "none"
+            raise ValueError(f"no layer keeps a {least}x{least} grid for images of {self.cam.height}x{self.cam.width} "
+                             f"(grids: {sizes}): use larger images, or name a layer")
+        deepest = fine[-1][1]
+        # Several modules may give this very tensor, as an identity or a container: the stage or the outermost names it.
+        same = [name for name, output in fine if output is deepest]
+        name = min(same, key=lambda name: (name not in self.stages, name.count(".")))
+        self.cam.explain_layer(self.cam.model.get_submodule(name), deepest)
 
-    def _hook_attention(self):
-        for position, module in enumerate(self.attentions):
+    def allowed(self, order, grids):
+        """Names that the rule allows. order: all names as they ran. grids: {name: (h, w)} of those that have one."""
+        stages = [name for name in order if name in self.stages]
+        if not stages:
+            serve = [name for name, sides in grids.items() if min(sides) >= self.cam.min_grid and name.count(".") < 4]
+            raise ValueError("this network does not give its stages as one tensor each: name the layer to explain, as "
+                             f"{' or '.join(serve[-4:]) or 'none that keeps a grid'}")
+        if -self.number > len(stages):
+            raise ValueError(f"this network has no layer {self.number}: it has {len(stages)} stages, "
+                             f"{', '.join(stages)}")
+        if reads_class_token(self.cam):
+            return [name for name in order if name.startswith(stages[self.number or -1] + ".")][:1]
+        if self.number:
+            return [stages[self.number]]
+        # What follows the last stage counts where it is a part of the network's own, as a last norm or convolution.
+        return [*stages, *(name for name in order[order.index(stages[-1]):] if "." not in name)]
+
+
+def reads_class_token(cam):
+    """Whether the network's head reads a class token alone, and no patch."""
+    return cam.prefix > 0 and getattr(cam.model, "global_pool", "token") in ("token", "")
+
+
+class Head:
+    """The linear head on a global average, whose weights the method `cam` takes."""
+
+    def __init__(self, cam):
+        head = cam.model.get_classifier() if hasattr(cam.model, "get_classifier") else None
+        head = head or next((m for m in reversed(list(cam.model.modules())) if isinstance(m, torch.nn.Linear)), None)
+        if not isinstance(head, torch.nn.Linear):
+            raise ValueError("cam needs a network that ends in global average pooling and one linear layer; use "
+                             "gradcam")
+        self.cam, self.linear, self.pooled, self.checked = cam, head, None, False
+
+    def add_hooks(self):
+        def keep_pooled(module, args):
+            self.pooled = args[0].detach()
+
+        self.cam.hook(self.linear.register_forward_pre_hook, keep_pooled)
+
+    def release(self):
+        self.pooled = None
+
+    def weights(self, A, classes, against):
+        """What the head gives each channel of A [B, C, h, w] for `classes`, less for `against`: [N, C, 1, 1].
+
+        Raises ValueError where its input is not the mean of A over its grid, but for dropout. This is asked once, as
+        the answer has to come back from the device.
+        """
+        if not self.checked and self.pooled is not None and self.pooled.shape == A.shape[:2]:
+            kept = self.pooled != 0
+            self.checked = close(self.pooled[kept], A.float().mean((2, 3))[kept], free_scale=True)
+        if not self.checked:
+            raise ValueError(f"cam needs a linear head on the global average of layer {self.cam.layer_name}; use "
+                             "gradcam")
+        weight = self.linear.weight.detach()
+        return (weight[classes] - (0 if against is None else weight[against]))[:, :, None, None]
+
+
+class Attention:
+    """A transformer's attention through all blocks, which `rollout` and `gradrollout` follow.
+
+    Raises ValueError for a network without blocks of one qkv layer each, and where a layer is named.
+    """
+
+    def __init__(self, cam, layer):
+        self.cam, self.qkv, self.checked = cam, {}, False
+        self.modules = [m for m in cam.model.modules() if getattr(m, "qkv", None) is not None
+                        and all(hasattr(m, part) for part in ("proj", "num_heads", "scale"))]
+        if not self.modules:
+            raise ValueError(f"{cam.method} needs a transformer whose blocks have one qkv layer each; use gradcam")
+        if layer is not None:
+            raise ValueError(f"{cam.method} follows attention through all blocks: leave the layer out")
+
+    def add_hooks(self):
+        """Keep of each block its queries, keys and values, and what its attention mixed of them."""
+        for position, module in enumerate(self.modules):
             def keep_qkv(module, args, output, position=position):
                 self.qkv[position] = output
 
             def keep_mixed(module, args, position=position):
-                self.activations[position] = _with_gradient(args[0])
-                return self.activations[position], *args[1:]
+                self.cam.activations[position] = self.cam.with_gradient(args[0])
+                return self.cam.activations[position], *args[1:]
 
-            self._hooks.append(module.qkv.register_forward_hook(self._outside_graph(keep_qkv)))
-            mixed = getattr(module, "norm", module.proj)
-            self._hooks.append(mixed.register_forward_pre_hook(self._outside_graph(keep_mixed)))
-
-    def _outside_graph(self, hook):
-        """`hook`, run between compiled graphs: in one, A would be an output that autograd cannot reach from the
-        logits.
-        """
-        return torch.compiler.disable(hook) if self._compiled else hook
-
-    def __exit__(self, *exception):
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self.release()
+            self.cam.hook(module.qkv.register_forward_hook, keep_qkv)
+            self.cam.hook(getattr(module, "norm", module.proj).register_forward_pre_hook, keep_mixed)
 
     def release(self):
-        """Forget the last forward pass."""
-        self._candidates_kept, self.activations, self.qkv, self.pooled = [], {}, {}, None
+        self.qkv = {}
 
-    def _before(self, module, args, kwargs):
-        self.release()
-        images = args[0] if args else next(iter(kwargs.values()))
-        self.batch, self.height, self.width = images.shape[0], images.shape[-2], images.shape[-1]
+    def relevance(self, formula, gradients, rows, count):
+        """Relevance [N, h, w] of each patch for what the head reads, `count` images; rows: int64 [N], or None for all.
 
-    def _keep_candidate(self, name, output):
-        if isinstance(output, torch.Tensor) and output.is_floating_point() and output.dim() > 2:
-            output = _with_gradient(output)
-            self._candidates_kept.append((name, output))
-            return output
-
-    def _keep_pooled(self, module, args):
-        self.pooled = args[0].detach()
-
-    # which layer
-
-    def _choose(self):
-        """Fix the explained layer, from the names and outputs that the first forward pass went through."""
-        kept = self._candidates_kept
-        candidates = self._candidates([name for name, _ in kept])
-        grids = [(name, output, *self.grid(output).shape[-2:]) for name, output in kept
-                 if name in candidates and self.grid(output) is not None]
-        fine = [g for g in grids if self._stage or min(g[2:]) >= MIN_GRID]
-        if not fine:
-            sizes = ", ".join(dict.fromkeys(f"{name} {h}x{w}" for name, _, h, w in grids)) or "none"
-            raise ValueError(f"no layer keeps a {MIN_GRID}x{MIN_GRID} grid for images of {self.height}x{self.width} "
-                             f"(grids: {sizes}): use larger images, or name a layer")
-        deepest = fine[-1][1]
-        # Several modules may give this very tensor: an identity, a container. The stage, or else the outermost, names
-        # it.
-        same = [name for name, output, *_ in fine if output is deepest]
-        name = min(same, key=lambda name: (name not in self._stages, name.count(".")))
-        self.layer, self.activations, self._candidates_kept = self.model.get_submodule(name), {0: deepest}, []
-        stay = 1 if self._head is None else 2  # `_before` and `_keep_pooled`
-        for hook in self._hooks[stay:]:
-            hook.remove()
-        self._hooks = self._hooks[:stay]
-        self._hook_layer()
-
-    def _candidates(self, order):
-        """Names that the rule allows, given all names in order of execution."""
-        stages = [name for name in order if name in self._stages]
-        if not stages:
-            serve = dict.fromkeys(name for name, output in self._candidates_kept if self.grid(output) is not None
-                                  and min(self.grid(output).shape[-2:]) >= MIN_GRID and name.count(".") < 4)
-            raise ValueError("this network does not give its stages as one tensor each: name the layer to explain, as "
-                             f"{' or '.join(list(serve)[-4:]) or 'none that keeps a grid'}")
-        if self._stage and -self._stage > len(stages):
-            raise ValueError(f"this network has no layer {self._stage}: it has {len(stages)} stages, "
-                             f"{', '.join(stages)}")
-        if self.reads_class_token():
-            inside = [name for name in order if name.startswith(stages[self._stage or -1] + ".")]
-            return set(inside[:1])
-        if self._stage:
-            return {stages[self._stage]}
-        # What follows the last stage counts where it is a part of the network's own, as a last norm or convolution.
-        return {*stages, *(name for name in order[order.index(stages[-1]):] if "." not in name)}
-
-    def reads_class_token(self):
-        """Whether the head reads a class token alone, and no patch."""
-        return self.prefix > 0 and getattr(self.model, "global_pool", "token") in ("token", "")
-
-    def grid(self, tensor):
-        """Output of a layer as [B, C, h, w], or None where it is not a map of the image.
-
-        Tokens [B, T, C] lose the prefix tokens; [B, h, w, C] is told from [B, C, h, w] by the image's proportions.
+        formula: of `cam.ATTENTION`. gradients: a function that gives those of the tensors [B, T, C] that the blocks
+        mixed, or None where the formula takes none. Raises ValueError where attention is over windows, or more than a
+        softmax of q k^T.
         """
-        if tensor.shape[0] != self.batch:
-            return None
-        if tensor.dim() == 3:
-            for prefix in (self.prefix, 0):  # some networks add their class token in later blocks
-                sides = self.token_grid(tensor.shape[1] - prefix)
-                if sides:
-                    return tensor[:, prefix:].transpose(1, 2).unflatten(2, sides)
-            return None
-        if tensor.dim() != 4:
-            return None
-        first, last = (abs(h * self.width / self.height - w) <= 1 for h, w in (tensor.shape[2:], tensor.shape[1:3]))
-        if last and (not first or getattr(self.model, "output_fmt", "NCHW") == "NHWC"):
-            return tensor.permute(0, 3, 1, 2)
-        return tensor if first else None
+        cam, first = self.cam, self.cam.activations[0]
+        every = first.dim() == 3 and first.shape[0] == cam.batch  # windows would come as more than one per image
+        sides = cam.token_grid(first.shape[1] - cam.prefix) if every else None
+        if sides is None or min(sides) < cam.min_grid:
+            raise ValueError(f"{cam.method} needs attention over all of the image, at least {cam.min_grid}x"
+                             f"{cam.min_grid} patches; use gradcam, or larger images")
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        if count == 0:
+            return torch.zeros(0, *sides, dtype=dtype, device=first.device)
 
-    def token_grid(self, count):
-        """(h, w) of a grid of `count` tokens in the image's proportions, or None."""
-        h = round(math.sqrt(max(count, 0) * self.height / self.width))
-        if h == 0 or count % h or abs(h * self.width / self.height - count // h) > 1:
-            return None
-        return h, count // h
+        def taken(tensor):
+            return (tensor if rows is None else tensor[rows]).detach().to(dtype)
+
+        called = len(self.qkv) == len(self.modules)  # else some blocks use their qkv layer's weights without calling it
+        if called:
+            A, V = zip(*(self.attend(module, taken(self.qkv[i])) for i, module in enumerate(self.modules)))
+            mixed = [cam.activations[i] for i in range(len(A))]
+            self.checked = self.checked or all(close((a @ v).transpose(1, 2).flatten(2), taken(o))
+                                               for a, v, o in zip(A, V, mixed))  # once: the device is waited for
+        if not (called and self.checked):
+            raise ValueError(f"{cam.method} cannot read this network's attention, which is more than a softmax of q "
+                             "k^T; use gradcam")
+        G = gradients(mixed)
+        if G:  # the output of a head is its probabilities times v, so that is how the gradient comes back to them
+            G = [taken(g).unflatten(2, (v.shape[1], -1)).transpose(1, 2) @ v.transpose(2, 3) for g, v in zip(G, V)]
+        found = formula(A, G)
+        read = found[:, 0] if reads_class_token(cam) else found[:, cam.prefix:].mean(1)
+        return read[:, cam.prefix:].unflatten(1, sides)
+
+    @staticmethod
+    def attend(module, qkv):
+        """Attention probabilities [N, heads, T, T] and values [N, heads, T, d] of one block, from its q, k and v."""
+        q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (getattr(module, f"{name}_norm", torch.nn.Identity())(t) for name, t in (("q", q), ("k", k)))
+        return (q * module.scale @ k.transpose(2, 3)).softmax(3), v
 
 
-def unwrap(model):
-    """The model, and what lies inside of torch.compile's, DistributedDataParallel's and DataParallel's wrappers, as a
-    list.
-    """
-    parallel = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
-    inside = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
-    return [model, *unwrap(inside)] if inside is not None else [model]
-
-
-def _with_gradient(output):
-    """`output`, or where nothing before it is trained, a copy that autograd can ask about."""
-    if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad \
-            and output.is_floating_point() and not output.is_inference():
-        # cloned, for a layer behind it may work in place, which autograd forbids on a leaf
-        return output.detach().requires_grad_().clone()
-    return output
+def close(found, expected, free_scale=False):
+    """Whether two tensors agree to 1%, in norm; with `free_scale`, up to a factor."""
+    found, expected = found.float(), expected.float()
+    scale = (found * expected).sum() / (expected**2).sum().clamp_min(1e-30) if free_scale else 1.0
+    return bool((found - scale * expected).norm() <= 1e-2 * found.norm())

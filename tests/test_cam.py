@@ -1,6 +1,9 @@
 """cam.py against the grad-cam library and the papers' equations."""
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,7 +165,7 @@ def test_rollout_takes_no_gradient_and_leaves_the_logits_as_they_are():
 
 def test_where_attention_cannot_be_followed_the_error_names_what_would_serve():
     for name in ("resnet18", "mixer_s32_224"):
-        with pytest.raises(ValueError, match="attention needs a transformer whose blocks .*; use gradcam"):
+        with pytest.raises(ValueError, match="rollout needs a transformer whose blocks .*; use gradcam"):
             CAM(network(name), "rollout")
     with pytest.raises(ValueError, match="rollout needs attention over all of the image.* use gradcam, or larger"):
         model = network("swin_tiny_patch4_window7_224")
@@ -309,3 +312,20 @@ def test_half_precision_gives_the_float32_heat_at_every_scale(dtype, factor, bac
 def test_a_map_without_contrast_is_cold_everywhere():
     assert cam.rescale(torch.full((1, 3, 3), 0.7)).eq(0).all()
     assert cam.rescale(torch.full((1, 3, 3), float("nan"))).eq(0).all()
+
+
+def test_this_file_serves_alone_where_a_layer_is_named(tmp_path):
+    (tmp_path / "cam.py").write_bytes(Path(cam.__file__).read_bytes())
+    script = """
+import timm, torch
+from cam import CAM, upsample
+net = timm.create_model("test_resnet")
+with CAM(net, "layercam", layer="layer3") as explain:
+    assert upsample(explain(net(torch.randn(2, 3, 64, 64))), 64).shape == (2, 64, 64)
+try:
+    CAM(net)
+except ValueError as error:
+    print(error)
+"""
+    answer = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0 and "without engine/hooks.py beside cam.py, name the layer" in answer.stdout, answer

@@ -1,4 +1,4 @@
-"""engine/hooks.py: which layer is explained, and what its hooks promise to a training loop."""
+"""cam.py and engine/hooks.py: which layer is explained, and what the hooks promise to a training loop."""
 
 import gc
 import os
@@ -11,7 +11,6 @@ from test_cam import SMALLER, network, photographs
 
 from cam import CAM, upsample
 from engine.files import UserError
-from engine.hooks import Hooks
 from engine.network import try_network
 
 # --- which layer
@@ -129,7 +128,7 @@ def test_inside_a_long_block_activations_go_when_their_logits_go():
 
 def test_hooks_keep_the_layers_output_with_a_graph_from_it_to_the_logits():
     model, images = network("test_resnet"), torch.randn(2, 3, 64, 64)
-    with Hooks(model) as hooks:
+    with CAM(model) as hooks:
         logits = model(images)
         kept, = hooks.activations.values()
         gradient, = torch.autograd.grad(logits[:, 0].sum(), kept)
