@@ -1,7 +1,6 @@
 """What it costs, side by side in one run: every variant in turn, round after round, medians.
 
-    python bench.py cam                           # heat: ours within a step and alone, and the grad-cam library's
-    python bench.py cam --models resnet18 vit_small --rounds 15 --batch-size 16
+    python bench.py cam --models resnet18         # heat: ours within a step and alone, and the grad-cam library's
     python bench.py step                          # a step with Proxy Attention beside one without, and the library's
     python bench.py train --models resnet18       # complete epochs, beside timm's building blocks in a plain loop
     python bench.py staged --models resnet18      # stage 2 of --mode staged, beside a plain evaluation pass
@@ -38,8 +37,7 @@ from engine import cache, checkpoint, costs, files, folder, launch, loader, netw
 from engine.files import UserError
 from study import peers
 
-CAM_MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
-STEP_MODELS = CAM_MODELS[:-1]
+MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
 MISLED = (0.0, 0.1, 1.0)  # shares of a batch
 STEPS = {"equal": proxy.STEPS["online"], "extra": proxy.STEPS["online"], "second pass": proxy.STEPS["same_step"]}
 
@@ -54,8 +52,9 @@ def now(device):
 def medians(variants, rounds, device):
     """{name: median milliseconds} of {name: function}, after a round to warm up, in an order that changes each round.
 
-    A function that returns a float is counted by these seconds, and not by what the call took.
+    A function that returns a float is counted by these seconds, and not by what the call took. None is left out.
     """
+    variants = {name: variant for name, variant in variants.items() if variant}
     taken = {name: [] for name in variants}
     order = random.Random(0)  # what runs first in a round would otherwise always follow the same one
     for round_ in range(rounds + 1):
@@ -90,30 +89,32 @@ def peak_bytes(work, device):
 class Table:
     """A table that is printed row by row and, under --csv, written anew with each row."""
 
-    def __init__(self, options, text, columns):
-        """text: what was set. columns: {name: width and format of its values, as "12.2f"}; texts, "16s", stand left."""
-        name = f"{folder.processor()}, {torch.get_num_threads()} threads" if options.device.type != "cuda" else \
-            torch.cuda.get_device_name(options.device)
+    def __init__(self, options, text, **columns):
+        """text: what is measured. columns: names and formats of the numbers; before them stands the network."""
+        name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else \
+            f"{folder.processor()}, {torch.get_num_threads()} threads"
         self.machine = f"{name}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
-        self.file, self.text, self.columns, self.rows = options.csv, text, columns, []
-        print(f"{self.machine}\n{text}\n\n" + self._line(columns))
+        self.text = (f"{text}; batch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
+                     f"medians of {options.rounds} rounds")
+        self.file, self.columns = options.csv, {"network": "", **columns}
+        self.rows = [[*self.columns, "machine", "set"]]
+        print(f"{self.machine}\n{self.text}\n")
+        self._print(self.columns)
 
-    def _line(self, values):
+    def _print(self, values):
         cells = []
         for value, (name, form) in zip(values, self.columns.items()):
-            width, precision = form[:-1].partition(".")[::2]
-            width = max(int(width), len(name) + 2)
-            text = value if isinstance(value, str) else "-" if value is None else f"{value:.{precision}{form[-1]}}"
-            cells.append(f"{text:<{width}}" if form[-1] == "s" else f"{text:>{width}}")
-        return "".join(cells).rstrip()
+            text = value if isinstance(value, str) else "-" if value is None else format(value, form)
+            cells.append(f"{text:>{max(11, len(name))}}" if form else f"{text:16}")
+        print("  ".join(cells), flush=True)
 
     def add(self, *values):
         """A row; None is printed as a dash."""
-        print(self._line(values), flush=True)
-        self.rows.append(values)
+        self._print(values)
+        self.rows.append([*values, self.machine, self.text])
         if self.file:
-            text, head = io.StringIO(newline=""), [*self.columns, "machine", "set"]
-            csv.writer(text).writerows([head, *([*row, self.machine, self.text] for row in self.rows)])
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows(self.rows)
             files.write_atomically(Path(self.file), lambda file: file.write(text.getvalue().encode()))
 
 
@@ -139,11 +140,8 @@ def bench_cam(options):
     image size, as the library does it. peak: most memory that the heat takes within a step, as a share of what A, its
     gradient and the maps take.
     """
-    names = ["forward", "adds", "alone", "grad-cam"]
-    table = Table(options, f"batch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
-                  f"medians of {options.rounds} rounds, milliseconds",
-                  {"network": "16s", "method": "12s", **dict.fromkeys(names, "12.2f"), "adds/forward": "14.4f",
-                   "grad-cam/alone": "16.2f", "peak/(A+G+maps)": "17.2f"})
+    table = Table(options, "milliseconds", method="", **dict.fromkeys(["forward", "adds", "alone", "grad-cam"], ".2f"),
+                  **{"adds/forward": ".4f", "grad-cam/alone": ".2f", "peak/(A+G+maps)": ".2f"})
     for short in options.models:
         model, images = network_and_images(short, options)
         for method in options.methods:
@@ -151,7 +149,7 @@ def bench_cam(options):
 
 
 def bench_cam_method(model, images, method, rounds):
-    """The figures of one row."""
+    """The figures of one row of `bench_cam`."""
     device, explain = images.device, cam.CAM(model, method)
     classes = torch.ones(len(images), dtype=torch.long, device=device)
 
@@ -176,7 +174,7 @@ def bench_cam_method(model, images, method, rounds):
     alone()  # fixes the layer
     variants = {"forward": forward, "adds": adds, "alone": alone,
                 "grad-cam": peers.heat_of(model, images, classes, method, explain)}
-    times = medians({name: variant for name, variant in variants.items() if variant}, rounds, device)
+    times = medians(variants, rounds, device)
     with explain:
         logits = model.train()(images)
         allowed = 4 * (2 * explain.activations[0].numel() + explain(logits, classes=classes).numel())
@@ -198,10 +196,9 @@ def bench_step(options):
     a run. parts of equal: seconds that a step with budget equal spends on what the plain one has not, on a CPU.
     """
     device, names = options.device, ["plain", "equal", "extra", "second pass", "library"]
-    table = Table(options, f"batch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
-                  f"{options.methods[0]}, medians of {options.rounds} rounds, milliseconds; then as multiples of plain",
-                  {"network": "16s", "misled": "8.0%", **dict.fromkeys(names, "13.1f"),
-                   **{f"{name}/": "13.3f" for name in names[1:]}, "parts of equal": "16.3f", "equal memory": "14.3f"})
+    table = Table(options, f"{options.methods[0]}: milliseconds, then multiples of plain", misled=".0%",
+                  **dict.fromkeys(names, ".1f"), **dict.fromkeys([f"{name}/" for name in names[1:]], ".3f"),
+                  **{"parts of equal": ".3f", "equal memory": ".3f"})
     for short in options.models:
         model, images = network_and_images(short, options)
         labels, (mean, std) = torch.arange(len(images), device=device) % 10, unchanged(device)
@@ -209,7 +206,6 @@ def bench_step(options):
         for share in MISLED:
             own = {name: [] for name in names}  # seconds of each step
             steps = {name: step_of(name, model, pixels, labels, share, options.methods[0], own[name]) for name in names}
-            steps = {name: step for name, step in steps.items() if step}
             times = medians(steps, options.rounds, device)
             parts = 1000 * statistics.median(own["equal"][1:]) / times["plain"] if device.type == "cpu" else None
             memory = peak_bytes(steps["equal"], device) / peak_bytes(steps["plain"], device)
@@ -277,9 +273,8 @@ def options_of_a_run(short, place, options):
 def bench_train(options):
     """Complete epochs over JPEG files: ours, from the cache, and timm's own parts in a plain loop."""
     device = options.device
-    table = Table(options, f"{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, "
-                  f"float32, medians of {options.rounds} epochs, images per second",
-                  {"network": "16s", "timm": "12.1f", "ours": "12.1f", "ours/timm": "12.3f"})
+    table = Table(options, f"images per second of {options.images} JPEG files", timm=".1f", ours=".1f",
+                  **{"ours/timm": ".3f"})
     for short in options.models:
         with tempfile.TemporaryDirectory() as place:
             given = options_of_a_run(short, place, options) | {"cam": "none", "amp": "off"}
@@ -307,9 +302,8 @@ def bench_train(options):
 
 def bench_staged(options):
     """Stage 2 of --mode staged over JPEG files, all of them erased, beside a plain evaluation pass over the same."""
-    table = Table(options, f"{options.images} JPEG files of {options.image_size} pixels, batch {options.batch_size}, "
-                  f"all erased and saved; random weights, medians of {options.rounds} rounds, seconds",
-                  {"network": "16s", "evaluation": "12.2f", "stage 2": "12.2f", "ratio": "12.3f"})
+    table = Table(options, f"seconds for {options.images} JPEG files, all erased and saved", evaluation=".2f",
+                  **{"stage 2": ".2f"}, ratio=".3f")
     for short in options.models:
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
             given = options_of_a_run(short, place, options) | {"mode": "staged", "select": "all", "cache": "off"}
@@ -340,7 +334,7 @@ def parse(arguments):
     """The options of the command line. Raises UserError."""
     parser = launch.Parser("bench.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(BENCHES), help="what to measure")
-    parser.add_argument("--models", nargs="+", help=f"networks (default: {' '.join(CAM_MODELS)}; of step the first 5)")
+    parser.add_argument("--models", nargs="+", default=MODELS, help=f"networks (default: {' '.join(MODELS)})")
     parser.add_argument("--methods", nargs="+", default=["gradcam", "gradcam++"], choices=tuple(cam.METHODS),
                         metavar="METHOD", help="CAM methods (default: gradcam gradcam++)")
     parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
@@ -351,7 +345,6 @@ def parse(arguments):
     parser.add_argument("--csv", metavar="FILE", help="write the table to this file as well")
     options = Namespace(**parser.parse(arguments))
     options.device = network.pick_device(options.device)
-    options.models = options.models or (STEP_MODELS if options.what == "step" else CAM_MODELS)
     return options
 
 

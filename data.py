@@ -10,6 +10,7 @@ To add a dataset, add an entry to `configs.json`; to add a way of lying on the d
 import csv
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,7 @@ MOST_OUTSIDE = 0.05  # of a folder's images may be in no class folder, as the 29
 
 
 def load_dataset(config):
-    """List the dataset of a resolved config and hash its content. Returns a `Dataset` of config["classes"].
-
-    Raises UserError where it is not there, or not laid out as its entry's "layout" has it.
-    """
+    """The `Dataset` of a resolved config, its content hashed. UserError where it is not there as its entry has it."""
     name, entry, root = config["dataset"], config["dataset_entry"], Path(config["data_dir"] or ".")
     if entry["layout"] != "digits" and not os.path.isdir(root):
         raise UserError(missing(name, entry, f"no folder {root.resolve()}"))
@@ -53,9 +51,9 @@ def only(dataset, text):
     classes = [c for c in dataset.classes if c in names]
     if len(classes) < 2:
         raise UserError(f"--classes: expected at least two classes, found {', '.join(names) or 'none'}")
-    number = {dataset.classes.index(c): i for i, c in enumerate(classes)}
-    kept = [i for i, label in enumerate(dataset.labels.tolist()) if label in number]
-    return dataset.keep(kept, classes, np.array([number[dataset.labels[i]] for i in kept], dtype=np.int64))
+    numbers = np.array([dataset.classes.index(c) for c in classes])  # rising, as both are in one order
+    kept = np.flatnonzero(np.isin(dataset.labels, numbers))
+    return dataset.keep(kept.tolist(), classes, np.searchsorted(numbers, dataset.labels[kept]))
 
 
 def missing(name, entry, what):
@@ -94,15 +92,13 @@ def folders(name, entry, root):
     if not found:
         raise UserError(missing(name, entry, f"no images in {root.resolve()}"))
     tops = _class_parents({inside for inside, _ in found})
-    parts = [next((PART_OF_FOLDER[n.lower()] for n in reversed(top) if n.lower() in PART_OF_FOLDER), None)
-             for top in tops]
+    parts = [next(filter(None, (PART_OF_FOLDER.get(n.lower()) for n in reversed(top))), None) for top in tops]
     names = ", ".join(str(root.joinpath(*top)) for top in tops)
     if not tops:
         raise UserError(f"dataset {name}: {root} holds {len(found)} images but not two class folders of them. Expected "
                         "one folder per class, named after it, with that class's images inside.")
     if len(tops) > 1 and (None in parts or len(set(parts)) < len(parts)):
-        raise UserError(f"dataset {name}: several folders in {root} hold class folders: {names}. Name one of them with "
-                        "--data-dir.")
+        raise UserError(f"dataset {name}: several folders hold class folders: {names}. Name one with --data-dir.")
     rows = []
     for top, part in zip(tops, parts):
         depth = len(top)
@@ -142,9 +138,9 @@ def _class_parents(with_images):
         for folder in holders:
             if folder:
                 children.setdefault(folder[:-1], set()).add(folder)
-        parents = [p for p, c in children.items() if len(c) > 1]
         # train/val/test folders with images directly in them hold no classes
-        parents = [p for p in parents if not all(c[-1].lower() in PART_OF_FOLDER for c in children[p])]
+        parents = [parent for parent, folders in children.items()
+                   if len(folders) > 1 and not all(f[-1].lower() in PART_OF_FOLDER for f in folders)]
         if parents:
             depth = min(map(len, parents))
             return sorted(p for p in parents if len(p) == depth)
@@ -155,8 +151,7 @@ def table(name, entry, root):
     """A CSV file with a row per image. `entry["csv"]`: file, and the columns that hold path, label, split and group.
 
     columns: their names where the file has none. delimiter: "," by default; " " for any number of spaces. classes:
-    {value of the label column: class}. parts: {value of the split column: "train", "val" or "test"}, where it has
-    others.
+    {value of the label column: class}. parts: {value of the split column: "train", "val" or "test"}, if it has others.
     """
     spec, words = entry["csv"], PART_OF_FOLDER | entry["csv"].get("parts", {})
     path, rows = root / spec["file"], []
@@ -198,37 +193,26 @@ def _row(row, spec, words):
 
 
 def torchvision_class(name, entry, root):
-    """One of torchvision's own dataset classes, read from the disk (never downloaded).
-
-    `entry["torchvision"]`: the class and, per part, the arguments that select it.
-    """
+    """A class of torchvision, never downloaded. `entry["torchvision"]`: the class; parts, {part: its arguments}."""
     from torchvision import datasets
 
     spec = entry["torchvision"]
-    sources, ids, labels, images, parts = [], [], [], [], []
+    sources, ids, labels, files, parts = [], [], [], [], []
     for part, arguments in spec["parts"].items():
         try:
             sources.append(source := getattr(datasets, spec["class"])(str(root), **arguments))
         except (RuntimeError, OSError, ValueError) as error:
             why = str(error).removesuffix(" You can use download=True to download it").rstrip(".")
             raise UserError(missing(name, entry, f"torchvision's {spec['class']} in {root.resolve()}: {why}")) from None
-        files = next((getattr(source, a) for a in ("_images", "_image_files") if hasattr(source, a)), None)
-        targets = next(getattr(source, a) for a in ("targets", "_labels", "labels", "y") if hasattr(source, a))
-        part_ids = [f"{part}/{i:06d}" for i in range(len(source))]
-        if isinstance(getattr(source, "data", None), np.ndarray):
-            images.append(source.data)
-        elif files is not None:
-            images.append([str(f) for f in files])
-            part_ids = [Path(f).relative_to(root).as_posix() for f in files]
-        else:
-            images.append(source)
-        ids, labels, parts = ids + part_ids, labels + list(targets), parts + [part] * len(part_ids)
-    if isinstance(images[0], np.ndarray):
-        images = np.concatenate(images)
-    elif isinstance(images[0], list):
-        images = Names(sum(images, []))
+        own = next((getattr(source, a) for a in ("_images", "_image_files") if hasattr(source, a)), [])
+        files += map(str, own)
+        ids += [Path(f).relative_to(root).as_posix() for f in own] or [f"{part}/{i:06d}" for i in range(len(source))]
+        labels += next(getattr(source, a) for a in ("targets", "_labels", "labels", "y") if hasattr(source, a))
+        parts += [part] * len(source)
+    if isinstance(getattr(source, "data", None), np.ndarray):
+        images = np.concatenate([source.data for source in sources])
     else:
-        images = torch.utils.data.ConcatDataset(images)
+        images = Names(files) if files else torch.utils.data.ConcatDataset(sources)
     classes = getattr(sources[0], "classes", None) or sources[0].categories
     return Dataset(name, root, list(classes), ids, np.array(labels, dtype=np.int64), images,
                    parts if len(spec["parts"]) > 1 else None)
@@ -266,10 +250,7 @@ def unchanged(pixels, entry, key, place=None):
 
 
 def light(pixels, entry, key, place=None):
-    """Each image flipped, turned and shifted its own way, as far as its dataset allows.
-
-    entry: {"flip": bool, "rotate": degrees, "shift": share of the side}.
-    """
+    """Each image flipped, turned, shifted. entry: {"flip": bool, "rotate": degrees, "shift": share of the side}."""
     images = to_float(pixels)
     first, every = place or (0, len(images))
     draws = torch.rand(every, 4, generator=torch_generator("cpu", "augment", *key))[first:first + len(images)]
@@ -284,17 +265,14 @@ def light(pixels, entry, key, place=None):
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def randaugment(pixels, entry, key, place=None):
-    """RandAugment, Cubuk et al. 2020, with torchvision's defaults: two operations of magnitude 9."""
-    return to_float(_one_by_one(pixels, v2.RandAugment(fill=GREY), place, "augment", *key))
+def policy(transform, pixels, entry, key, place=None):
+    """torchvision's transform, with its defaults, on each image."""
+    return to_float(_one_by_one(pixels, transform(fill=GREY), place, "augment", *key))
 
 
-def trivialaugment(pixels, entry, key, place=None):
-    """TrivialAugment, Mueller and Hutter 2021, as torchvision's TrivialAugmentWide: one operation of any magnitude."""
-    return to_float(_one_by_one(pixels, v2.TrivialAugmentWide(fill=GREY), place, "augment", *key))
-
-
-AUGMENTATIONS = {"none": unchanged, "light": light, "randaugment": randaugment, "trivialaugment": trivialaugment}
+# RandAugment: Cubuk et al. 2020, two operations of magnitude 9. TrivialAugment: Mueller and Hutter 2021, one of any.
+AUGMENTATIONS = {"none": unchanged, "light": light, "randaugment": partial(policy, v2.RandAugment),
+                 "trivialaugment": partial(policy, v2.TrivialAugmentWide)}
 
 
 def _one_by_one(images, transform, place, *key):
@@ -315,38 +293,24 @@ def random_erasing(images, labels, value, classes, key, place):
     return _one_by_one(images, v2.RandomErasing(value, value="random"), place, "random erasing", *key), labels
 
 
-def cutmix(images, labels, value, classes, key, place):
-    """CutMix, Yun et al. 2019, torchvision's, with alpha `value`. Labels become shares, float32 [B, C]."""
-    return _mixed(v2.CutMix(alpha=value, num_classes=classes), images, labels, key)
-
-
-def mixup(images, labels, value, classes, key, place):
-    """Mixup, Zhang et al. 2018, torchvision's, with alpha `value`. Labels become shares, float32 [B, C]."""
-    return _mixed(v2.MixUp(alpha=value, num_classes=classes), images, labels, key)
-
-
-ON_TOP = {"random_erasing": (random_erasing, 0.5), "cutmix": (cutmix, 1.0), "mixup": (mixup, 0.2)}  # and defaults
-
-
-def _mixed(transform, images, labels, key):
+def mixed(transform, images, labels, value, classes, key, place):
+    """torchvision's transform with alpha `value`. Labels become shares, float32 [B, C]."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stable_seed("mix", *key))
-        return v2.RandomChoice([transform])(images, labels)
+        return v2.RandomChoice([transform(alpha=value, num_classes=classes)])(images, labels)
+
+
+# {name: (function, default value)}. CutMix: Yun et al. 2019. Mixup: Zhang et al. 2018.
+ON_TOP = {"random_erasing": (random_erasing, 0.5), "cutmix": (partial(mixed, v2.CutMix), 1.0),
+          "mixup": (partial(mixed, v2.MixUp), 0.2)}
 
 
 def read_augment(text):
-    """(key of AUGMENTATIONS, {key of ON_TOP: value}) of --augment, as "light,random_erasing:0.5"; light where none is
-    named.
-
-    Raises ValueError with what was expected.
-    """
-    first, *rest = [word.strip().partition(":") for word in text.split(",")]
-    if first[0] in AUGMENTATIONS and not first[1]:
-        base = first[0]
-    else:
-        base, rest = "light", [first, *rest]
+    """(key of AUGMENTATIONS, by default light; {key of ON_TOP: value}) of --augment. Raises ValueError."""
+    words = [word.strip().partition(":") for word in text.split(",")]
+    base = words.pop(0)[0] if words[0][0] in AUGMENTATIONS and not words[0][1] else "light"
     on_top = {}
-    for name, colon, number in rest:
+    for name, colon, number in words:
         if name not in ON_TOP or name in on_top:
             near = nearest(name, [*AUGMENTATIONS, *ON_TOP])
             raise ValueError(f"{text!r}: expected one of {', '.join(AUGMENTATIONS)}, and behind commas any of "

@@ -26,9 +26,6 @@ from engine.files import UserError
 from engine.folder import open_run, read_predictions
 from engine.launch import Parser
 
-SHOWN = ("accuracy", "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro", "top5", "log_loss", "brier",
-         "ece")
-
 
 def figures(opened, found):
     """What `metrics.json` holds, of an opened run and the arrays of its `predictions.npz`."""
@@ -51,36 +48,26 @@ def figures(opened, found):
     return result
 
 
-def judge(folder):
-    """Write and return the `metrics.json` of a run that has its predictions."""
-    result = figures(open_run(folder), read_predictions(folder))
-    files.write_json(Path(folder) / "metrics.json", result)
-    return result
-
-
 def describe(folder, result):
     """The figures of a run's `metrics.json` as text for the terminal."""
     test, parts = result["test"], [part for part in metrics.PREDICTED if part in result]
     lines = [f"{folder}: {result['epochs']} epochs, judged after the last; best on validation was "
-             f"{result['best_epoch']}", "",
-             f"{'':22}" + "".join(f"{part:>12}" for part in parts),
-             f"{'images':22}" + "".join(f"{result[part]['images']:>12}" for part in parts)]
-    for name in (*SHOWN, *["worst_group"] * ("worst_group" in test)):
+             f"{result['best_epoch']}", "", f"{'':22}" + "".join(f"{part:>12}" for part in parts)]
+    for name in [name for name, value in test.items() if not isinstance(value, dict)]:
         values = [result[part][name] for part in parts]
-        lines.append(f"{name:22}" + "".join(f"{'-':>12}" if v is None else f"{v:>12.4f}" for v in values))
+        cells = ["-" if v is None else f"{v:.4f}" if isinstance(v, float) else v for v in values]
+        lines.append(f"{name:22}" + "".join(f"{cell:>12}" for cell in cells))
     if "clean_test" in parts:
         lines += ["", "--decoy: squares show the true class in val and another in test; clean_test has none"]
     if "groups" in test:
         groups = [f"{name} {group['accuracy']:.4f} of {group['images']}" for name, group in test["groups"].items()]
         lines += ["", "test accuracy by class and group: " + "; ".join(groups)]
-    lines.append("")
-    for name, value in result["cost"].items():
-        lines.append(f"{name:22}{'not measured here' if value is None else f'{value:,}':>20}")
+    lines += ["", *(f"{name:22}{'not measured here' if value is None else f'{value:,}':>20}"
+                    for name, value in result["cost"].items())]
     if result["cost"]["second_pass_images"]:
         lines += ["", "second_pass_images went through the network once more, for the heat that decides what is erased"]
     if result["skipped_images"]:
-        lines += ["", f"--skip-bad: {result['skipped_images']} images that cannot be used were left out, see "
-                  f"{folder}/bad-images.txt"]
+        lines += ["", f"--skip-bad: {result['skipped_images']} images were left out, see {folder}/bad-images.txt"]
     if open_run(folder).config["mode"] == "resplit":
         lines += ["", f"WARNING, --mode resplit: {metrics.LEAK}"]
     return "\n".join(lines)
@@ -112,8 +99,10 @@ def finish(folder, dataset=None, device=torch.device("cpu")):
         dataset = dataset or opened.dataset()
         model = opened.network().to(device)
         predict.write_predictions(folder, opened.config, model, dataset, opened.split, device)
-    result = judge(folder)
-    draw(opened, read_predictions(folder), dataset, model, device)
+    predictions = read_predictions(folder)
+    result = figures(opened, predictions)
+    files.write_json(opened.folder / "metrics.json", result)
+    draw(opened, predictions, dataset, model, device)
     return result
 
 
@@ -138,15 +127,11 @@ def image_files(paths):
     """The images that `paths` name: files as they are, folders with every image below them, in natural order."""
     found = []
     for path in map(Path, paths):
-        if path.is_dir():
-            below = [p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in image_extensions()]
-            if not below:
-                raise UserError(f"--image {path}: no images in this folder")
-            found += sorted(below, key=lambda p: natural_order(str(p)))
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"--image {path}: no such file")
+        below = [path] if path.is_file() else [
+            p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in image_extensions()]
+        if not below:
+            raise UserError(f"--image {path}: {'no images in this folder' if path.is_dir() else 'no such file'}")
+        found += sorted(below, key=lambda p: natural_order(str(p)))
     return found
 
 

@@ -21,8 +21,6 @@ from engine.launch import Parser
 from study import appendix, arms, comparison, explain, faithfulness, figures, statistics
 from study.figures import MEASURES, Picture, Section, Table, number, own_span, points, span
 
-# --- the questions -------------------------------------------------------------------------------------------------
-
 
 def augmentation(study):
     """Question 1: is it an augmentation?"""
@@ -31,30 +29,25 @@ def augmentation(study):
     answer = (f"{study.baseline} reaches {points(rows[0]['mean'])}% on test over {rows[0]['seeds']} seeds. "
               f"{verdicts(compared)}.")
     against = study.baseline if len(study.groups) == 1 else "the same without it"
-    dots = figures.dots("augmentation", "Differences in test accuracy, paired by seed, with 95% intervals.", compared,
-                        f"test accuracy, points against {against}")
+    dots = figures.dots("augmentation", compared, f"test accuracy, points against {against}")
     return Section("Can attention maps make an augmentation?", answer, dots + accuracies(study))
 
 
 def accuracies(study, part="test"):
     """Two Tables: the accuracy of every arm on a part of the split, and what each arm costs."""
-    rows, table = study.rows(part), []
-    for row in rows:
-        cells = ["–"] * 6 + [row.get("says", "baseline")]
-        if row.get("pairs"):
-            low, high = map(points, row["interval"])
-            cells = [points(row["difference"], sign=True), f"{low} to {high}", number(row["p"]), number(row["p_holm"]),
-                     number(row["effect"], 2), number(row["needed"], 0), row["says"]]
-        table.append([row["arm"], study.against[row["arm"]], row["seeds"], points(row["mean"]), points(row["spread"]),
-                      *cells])
+    rows = study.rows(part)
+    table = [[row["arm"], study.against[row["arm"]], row["seeds"], points(row["mean"]), points(row["spread"]),
+              points(row.get("difference"), sign=True), " to ".join(map(points, row.get("interval", ()))) or "–",
+              number(row.get("p")), number(row.get("p_holm")), number(row.get("effect"), 2),
+              number(row.get("needed"), 0), row.get("says", "baseline")] for row in rows]
     costs = [[row["arm"], study.against[row["arm"]], *map(number, row["price"].values())]
              for row in rows if row.get("pairs")]
     return [
         Table("augmentation", f"{part.replace('_', ' ').capitalize()} accuracy by arm. Differences are paired by seed; "
-              "intervals by bootstrap over seeds and test images; p by permutation over seeds, then corrected by Holm "
-              "over the arms with the same baseline; d_z is Cohen's; the last but one column is how many seeds would "
-              "resolve 0.5 points.", ["arm", "against", "seeds", "accuracy %", "sd", "difference", "95% interval", "p",
-                                      "p, Holm", "d_z", "seeds for 0.5", "in words"], table),
+              "intervals by bootstrap over seeds and test images; p by permutation over seeds, then by Holm over arms "
+              "with one baseline; d_z is Cohen's; seeds for 0.5: how many would resolve half a point.",
+              ["arm", "against", "seeds", "accuracy %", "sd", "difference", "95% interval", "p", "p, Holm", "d_z",
+               "seeds for 0.5", "in words"], table),
         Table("price", "What each arm costs, as multiples of what it is compared with (medians over seeds).",
               ["arm", "against", *comparison.PRICES], costs)]
 
@@ -62,8 +55,8 @@ def accuracies(study, part="test"):
 def verdicts(rows):
     """What a comparison found, in a sentence: each arm in words, or of many arms how many of each kind and which."""
     if len(rows) <= 3:
-        texts = [f"{row['arm']} ({points(row['difference'], sign=True)} points): {row['says']}" for row in rows]
-        return "; ".join(texts) or "There is nothing to compare it with"
+        return "; ".join(f"{row['arm']} ({points(row['difference'], sign=True)} points): {row['says']}"
+                         for row in rows) or "There is nothing to compare it with"
     starts = ("better", "worse", "too few", ("no difference", "right and wrong"))
     better, worse, few, none = ([row for row in rows if row["says"].startswith(start)] for start in starts)
     texts = [f"{len(found)} {kind}" + f" ({', '.join(repr(row['arm']) for row in found)})" * bool(found)
@@ -97,8 +90,7 @@ def attention(study):
     likes, overlaps = (comparison.compare_values(each, base) for each in values.values())
     table = [[a["arm"], number(a["mean"]), span(a), number(b["mean"]), span(b), number(a.get("p")),
               number(a.get("p_holm"))] for a, b in zip(likes, overlaps)]
-    answer = (f"The heat ({method}) of {base} and the attention rollout of {vit} have a rank correlation of "
-              f"{table[0][1]}")
+    answer = f"The heat ({method}) of {base} and the rollout of {vit} have a rank correlation of {table[0][1]}"
     two_seeds, gaussian = explain.references(study.arms[base], study.arms[vit], method, study.device)
     for name, has, found in ((f"two seeds of {base}", "have", two_seeds), ("a centred Gaussian", "has", gaussian)):
         if found:
@@ -108,13 +100,12 @@ def attention(study):
     if differences := figures.in_words(likes):
         few = min(row["pairs"] for row in likes[1:]) < statistics.fewest_seeds()
         answer += f". Against {base}: {differences}" + " (too few seeds to tell)" * few
-    caption = f"How much nearer than {base}'s each arm's heat is to the rollout of {vit}, with 95% intervals."
-    dots = figures.dots("attention", caption, likes, f"rank correlation with {vit}, difference to {base}", 1, "")
+    dots = figures.dots("attention", likes, f"rank correlation with {vit}, difference to {base}", 1, "")
     return Section(title, f"{answer}.", dots + [
         Table("attention", f"How alike {method} heat is to the attention rollout of {vit}, on the same test images: "
-              "rank correlation over pixels, and intersection over union of the hottest fifth. Below, what to compare "
-              "with, with intervals of their own.", ["arm", "correlation", "difference, 95% interval", "overlap",
-                                               "difference, 95% interval", "p", "p, Holm"], table)])
+              "rank correlation over pixels; overlap (IoU) of the hottest fifth. Last, what to compare with.",
+              ["arm", "correlation", "difference, 95% interval", "overlap", "difference, 95% interval", "p", "p, Holm"],
+              table)])
 
 
 def convergence(study):
@@ -133,8 +124,8 @@ def convergence(study):
     answer = (f"{study.baseline} reaches its best validation accuracy after {first[3]} epochs; " + "; ".join(texts[:3])
               + "; …" * (len(texts) > 3) + ".")
     parts = [figures.curves("convergence", study.arms, "val_accuracy", "validation accuracy", " %", 100),
-             Table("convergence", "When each run first reached the best validation accuracy that the arm it is "
-                   "compared with had with the same seed: means over the seeds that did.",
+             Table("convergence", "When each run first reached the best validation accuracy of its baseline with the "
+                   "same seed: means over the seeds that did.",
                    ["arm", "against", "seeds that did", "epochs", "images", "seconds"], table)]
     found = comparison.by_fraction(study.results)
     if len({fraction for values in found.values() for fraction in values}) > 1:
@@ -180,17 +171,13 @@ def explainability(study):
     few = min((row["pairs"] for each in compared.values() for row in each), default=0) < statistics.fewest_seeds()
     answer = "; ".join(sure) or ("too few seeds to tell" if few else
                                  "no measure differs from the baseline's beyond chance")
-    areas = [row for row in table if row[0] in (MEASURES["deletion"], MEASURES["insertion"])]
-    parts = [Picture("curves-of-explanations", f"Probability of the predicted class as the hottest pixels "
-                     f"({study.method}) are deleted, and as they are inserted: means over images and seeds.",
-                     figures.explanation_curves(values), "; ".join(f"{row[1]}: {row[0]} {row[2]}" for row in areas))]
+    caption = f"Explanations by {study.method}, on {explain.EXPLAINED} test images of each seed."
+    parts = [Table("explanations", caption, ["measure", "arm", "mean", "sd", "difference, 95% interval", "p",
+                                             "p, Holm"], table, 1)]
     if any(compared.values()):
         words = "; ".join(f"{MEASURES[name]}: {figures.in_words(each)}" for name, each in compared.items())
         caption = "Differences in each measure, paired by image and seed, with 95% intervals."
-        parts.append(Picture("explanations", caption, figures.measures(compared), words))
-    caption = f"Explanations by {study.method}, on {explain.EXPLAINED} test images of each seed."
-    parts.append(Table("explanations", caption, ["measure", "arm", "mean", "sd", "difference, 95% interval", "p",
-                                                 "p, Holm"], table, 1))
+        parts = [Picture("explanations", caption, figures.measures(compared), words), *parts]
     return Section(title, f"Measured with {study.method}, which no arm was trained with: {answer}.", parts)
 
 
@@ -201,14 +188,13 @@ def shortcut(study):
         if not parts and any(run.config["decoy"] for runs in group.values() for run in runs.values()):
             parts, answers = planted(study, base, group)
     if any("worst_group" in run.metrics["test"] for _, run in study.results):
-        table = []
-        for arm, (worst, gains) in comparison.worst_groups(study).items():
-            gain, p = (gains.mean(), statistics.permutation_p(gains)) if len(gains) else (None, None)
-            spread = worst.std(ddof=1) if len(worst) > 1 else None
-            table.append([arm, len(worst), points(worst.mean()), points(spread), points(gain, sign=True), number(p)])
+        worst = {arm: {seed: np.array([run.metrics["test"]["worst_group"]]) for seed, run in runs.items()}
+                 for arm, runs in study.arms.items()}
+        table = [[row["arm"], row["seeds"], points(row["mean"]), points(row["spread"]),
+                  points(row.get("difference"), sign=True), number(row.get("p"))] for row in study.figures(worst)]
         answers.append("Worst group: " + "; ".join(f"{row[0]} {row[2]}%" for row in table) + ".")
-        parts.append(Table("groups", "Test accuracy of the worst group (class within group) in %, p by permutation "
-                           "over seeds.", ["arm", "seeds", "worst group", "sd", "difference", "p"], table))
+        parts.append(Table("groups", "Test accuracy in % of the worst group (class within group; Sagawa et al. 2020).",
+                           ["arm", "seeds", "worst group", "sd", "difference", "p"], table))
     title = "Can it unlearn a shortcut that nobody labelled?"
     return Section(title, " ".join(answers), parts) if parts else None
 
@@ -218,35 +204,30 @@ def planted(study, base, group):
     rows = {row["arm"]: row for row in study.rows()}
     compared = [rows[arm] for arm in group if rows[arm].get("pairs")]
     clean = [row for arm, row in rows.items() if arm not in group and row.get("pairs")]
-    names = ["arm", "seeds", "validation", "test", "clean test", "heat on the square", "chance", "leans", "by"]
     answers = [f"Where the square lies, {base} recognises {points(rows[base]['mean'])}% of the test images; "
-               f"{verdicts(compared)}. Validation cannot see the shortcut, for there it tells the truth: runs are "
-               "judged after their last epoch."]
+               f"{verdicts(compared)}. Validation cannot see the shortcut, for there it tells the truth."]
     if clean:
         answers.append(f"Without squares: {verdicts(clean)}.")
     table, ways = [], []
     for arm, runs in study.arms.items():
         each = list(runs.values())
-        known = [part for part in metrics.PREDICTED if all(f"{part}_labels" in run.found for run in each)]
-        accuracy = {part: np.mean([run.correct(part).mean() for run in each]) for part in known}
-        table.append([arm, len(each), *(points(accuracy.get(part)) for part in metrics.PREDICTED),
+        right = {part: [run.correct(part).mean() for run in each if f"{part}_labels" in run.found]
+                 for part in metrics.PREDICTED}
+        table.append([arm, len(each), *(points(np.mean(values) if values else None) for values in right.values()),
                       *on_the_square(study, each), *few_pixels(study, each)])
         ways += [[arm, count, *way, *map(points, means)] for way, (count, *means) in explain.where_found(each).items()]
-    dots = figures.dots("shortcut", "Accuracy where the square lies, paired by seed, with 95% intervals.", compared,
-                        f"lying test accuracy, points against {base}")
-    parts = dots + [
+    names = ["arm", "seeds", "validation", "test", "clean test", "heat on the square", "chance", "leans", "by"]
+    parts = figures.dots("shortcut", compared, f"accuracy where the square lies, points against {base}") + [
         Table("shortcut", "Accuracy in %: validation (the square tells the truth), test (it lies), the same test "
-              "without squares; the share of the heat on the square, and its share of the pixels, which chance would "
-              "give. Arms without a decoy have one test. Leans: in how many runs the network depends on few pixels by "
-              "python -m study.explain RUN --leaning, which uses validation alone, and by how many points (above "
+              "without squares; the share of the heat on the square, and what chance would give. Leans: how many runs "
+              "depend on few pixels by python -m study.explain RUN --leaning, and by how many points (above "
               f"{100 * faithfulness.SHORTCUT:g} it does).", names, table)]
     if ways:
         parts.append(Table(
-            "where", "By python -m study.explain RUN --where, for each method, layer and explained score: how much of "
-            f"the square in validation images the hottest {explain.AREA} of the pixels cover, and in the class where "
-            "that is least; how often the hottest lies on it, and which share of the heat does, in %.",
-            ["arm", "seeds", "method", "layer", "explained", "covered", "in worst class", "hottest on it", "heat on it",
-             "chance"], ways))
+            "where", "By python -m study.explain RUN --where, in %: how much of the square in validation images the "
+            f"hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the hottest "
+            "pixel is on it; how much of the heat.", ["arm", "seeds", "method", "layer", "explained", "covered",
+                                                      "in worst class", "hottest on it", "heat on it", "chance"], ways))
     return parts, answers
 
 
@@ -272,16 +253,14 @@ def continual(study):
     table, answers = [], []
     for arm, rows in comparison.old_and_new(later, first).items():
         started = any(run.config["init"] for run in study.arms[arm].values())
-        forgotten = [row["forgotten"] for row in rows if started and row["forgotten"] is not None]
-        old, new, forgotten = (points(np.mean(values) if values else None) for values in (
-            [row["old"] for row in rows], [row["new"] for row in rows], forgotten))
+        known = {key: [row[key] for row in rows if row[key] is not None] for key in ("old", "new", "forgotten")}
+        old, new, forgotten = (points(np.mean(values) if values else None) for values in known.values())
         seconds = number(np.mean([run.metrics["cost"]["train_seconds"] for run in later[arm].values()]), 1)
-        table.append([arm, len(rows), old, new, forgotten, seconds])
+        table.append([arm, len(rows), old, new, forgotten if started else "–", seconds])
         answers.append(f"{arm}: {old}% on old classes, {new}% on new ones, "
                        + f"{forgotten} points forgotten, " * started + f"trained in {seconds} s")
-    part = Table("continual", "Test accuracy in % on the first classes and on those added; forgotten: accuracy on the "
-                 "first classes before, minus after; seconds of the last training alone.",
-                 ["arm", "seeds", "old classes", "new classes", "forgotten", "seconds"], table)
+    part = Table("continual", "Test accuracy in %; forgotten: on old classes, before minus after; seconds of the last "
+                 "training.", ["arm", "seeds", "old classes", "new classes", "forgotten", "seconds"], table)
     return Section("What is kept when classes are added?", "; ".join(answers) + ".", [part]) if table else None
 
 
@@ -289,22 +268,20 @@ def confidence(study):
     """Is it as sure as it is right?"""
     table, pooled = [], {}
     for arm, runs in study.arms.items():
-        pooled[arm] = [(comparison.probabilities(run)[0], run.correct("test")) for run in runs.values()]
+        pooled[arm] = [(run.confidence(), run.correct("test")) for run in runs.values()]
         aurc = np.mean([statistics.risk_coverage(*each)[1].mean() for each in pooled[arm]])
         ece = np.mean([metrics.expected_calibration_error(*each) for each in pooled[arm]])
         sure = np.concatenate([confidence for confidence, _ in pooled[arm]]).mean()
         misled = comparison.misled_confidence(runs, study.arms[study.against[arm]])
         table.append([arm, number(aurc, 4), number(ece, 4), points(sure),
                       *(["–"] * 3 if misled is None else (points(values.mean()) for values in misled))])
-    base = next(row for row in table if row[0] == study.baseline)
-    answer = "; ".join([f"{base[0]}: calibration error {base[2]}, area under the risk-coverage curve {base[1]}",
-                        *(f"{row[0]}: {row[2]} and {row[1]}" for row in table if row is not base)]) + "."
+    answer = "Calibration error and area under the risk-coverage curve: " + "; ".join(
+        f"{row[0]} {row[2]} and {row[1]}" for row in table) + "."
     return Section("Is it as right as it is sure?", answer, [
-        Picture("confidence", "Risk-coverage curves: the share of errors among the most confident test images, all "
-                "seeds together.", figures.risks(pooled), answer),
+        Picture("confidence", "The share of errors among the most confident test images, all seeds together.",
+                figures.risks(pooled), answer),
         Table("confidence", "Area under the risk-coverage curve (lower is better), expected calibration error, mean "
-              "confidence, and of the test images that misled the arm it is compared with: mean confidence there and "
-              "here, and how many are right here, all in %.",
+              "confidence %; and on test images that misled the baseline: its confidence, the arm's, and % right now.",
               ["arm", "AURC", "ECE", "confidence", "misled, before", "misled, now", "of them right"], table)])
 
 
@@ -320,14 +297,11 @@ def leak(study):
         return None
     answer = "; ".join(f"{row[0]}: {row[3]}% on validation, {row[5]}% on test" for row in table)
     return Section("How much of the validation accuracy is a leak?", f"{answer}. Note: {metrics.LEAK}.", [
-        Table("leak", "Accuracy in %, with 95% intervals of the mean over seeds (t), and how far validation lies above "
-              "test.", ["arm", "mode", "seeds", "validation", "interval", "test", "interval", "above"], table)])
+        Table("leak", "Accuracy in % and its 95% interval over seeds (t); above: validation minus test.",
+              ["arm", "mode", "seeds", "validation", "interval", "test", "interval", "above"], table)])
 
 
 QUESTIONS = (augmentation, attention, convergence, explainability, shortcut, continual, confidence, leak)
-
-
-# --- the command line ----------------------------------------------------------------------------------------------
 
 
 def print_comparison(study, left):
@@ -347,7 +321,9 @@ def parse(arguments):
     parser = Parser("report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="finished runs")
-    arms.add_options(parser)
+    parser.add_argument("--experiment", metavar="NAME", help="compare the finished runs of experiments/NAME.json")
+    parser.add_argument("--baseline", metavar="ARM", help="compare with this arm (default: the one with --cam none)")
+    parser.add_argument("--by", metavar="KEY,KEY", help="settings to compare, where runs differ in more than one")
     parser.add_argument("--text", action="store_true", help="print the comparison in the terminal, and write nothing")
     parser.add_argument("--no-heat", action="store_true", help="leave out what needs the networks and the images")
     parser.add_argument("--out", metavar="FOLDER", help="the folder of the experiment's runs, or for runs the report's")
@@ -360,17 +336,18 @@ def parse(arguments):
 
 def open_study(options):
     """The Study that the command line asks for, the folder of its report, and how many runs are not finished."""
-    found, left = arms.arms_asked(options)
-    name, about, folder = options.experiment, "", Path(options.out or "report")
-    command = "python report.py " + " ".join(options.runs)
+    name, device = options.experiment, network.pick_device(options.device)
     if name:
         configs, command = settings.read_configs(), experiment.typed("train.py", name, options.out)
+        found, left = arms.arms_of_experiment(name, {"out": options.out} if options.out else {})
         if not found:
             raise UserError(f"--experiment {name}: no run is finished; first run {command}")
         about = experiment.read_experiment(name, configs.get("experiments")).get("help", "")
         folder = Path(options.out or configs["defaults"]["out"]) / name / "report"
+    else:
+        found, left = arms.arms_of_runs(options.runs, options.by.split(",") if options.by else ()), 0
+        about, command, folder = "", "python report.py " + " ".join(options.runs), options.out or "report"
     groups = arms.groups(found, options.baseline, by_task=bool(name))
-    device = network.pick_device(options.device)
     return comparison.Study(groups, name or "Runs", about, command, device, not options.no_heat), folder, left
 
 

@@ -104,9 +104,6 @@ def record_end(folder, done, round_, reason):
     console.print(f"ended in round {round_}: {reason}", soft_wrap=True)
 
 
-# --- stage 2 -------------------------------------------------------------------------------------------------------
-
-
 def erase_stage(config, folder, dataset, split, device, round_):
     """Stage 2: over the training images, find, explain, erase and save, in one forward pass each.
 
@@ -162,9 +159,7 @@ class ErasedRound:
         self.images, self.selected, self.count = (state.get(key, 0) for key in ("images", "selected", "erased"))
 
     def rows(self):
-        """The index's lines, as dicts with the keys of INDEX. file: relative to the run's folder. area: share of
-        pixels.
-        """
+        """The index's lines, dicts keyed by INDEX. file: relative to the run's folder; area: share of pixels."""
         if not self.index.exists():
             return []
         with open(self.index, newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -178,10 +173,7 @@ class ErasedRound:
         self._save()
 
     def add(self, entries, images, selected):
-        """Write a batch's erased images, (uint8 [H, W, 3], dict with the keys of INDEX but for file) each.
-
-        images, selected: how many images the batch had, and how many of these were selected.
-        """
+        """Write a batch's erased images, (uint8 [H, W, 3], its line but for file) each. selected: of `images` in it."""
         for picture, row in entries:
             folder = files.make_folder(self.folder / files.safe_name(row["label"]))
             path = folder / f"{files.safe_name(row['source'])}.jpg"
@@ -203,9 +195,6 @@ def _lines(rows):
     text = io.StringIO()
     csv.DictWriter(text, INDEX).writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-# --- stage 3 -------------------------------------------------------------------------------------------------------
 
 
 class _Joined:

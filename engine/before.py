@@ -22,21 +22,16 @@ UPWEIGHT = 20  # how many times as often --reweight draws an image; chosen in `t
 def first_network(config, classes):
     """The network that a run starts with, on the CPU, and a text on its start: as `build_network`, or another run's.
 
-    classes: names. The initial weights follow from the seed.
+    classes: names. The initial weights follow from the seed. Under --init they are the last of that run; of the head,
+    the rows of the classes that both have, by name.
     """
     torch.manual_seed(config["seed"])
     if config["init"] is None:
         return build_network(config, len(classes))
     model, _ = build_network(config, len(classes), pretrained=False)
-    return model, _continue_from(model, config, classes)
-
-
-def _continue_from(model, config, classes):
-    """Load the last weights of the run config["init"]; of the head, the rows of the classes that both have, by name."""
     opened = open_finished(config["init"], "--init ")
     if opened.config["model_entry"] != config["model_entry"]:
-        raise UserError(f"--init {opened.folder}: its network is --model {opened.config['model']}, not "
-                        f"{config['model']}")
+        raise UserError(f"--init {opened.folder}: its --model is {opened.config['model']}, not {config['model']}")
     found, own, old = load_checkpoint(opened.folder / "last.pt")["model"], model.state_dict(), opened.split["classes"]
     head = head_names(config, model, len(classes))
     both = [c for c in classes if c in old]
@@ -54,8 +49,8 @@ def _continue_from(model, config, classes):
         elif both:
             tensor.index_copy_(axis, here, source.index_select(axis, there))
     new = [c for c in classes if c not in old]
-    return (f"starts from {opened.folder}; its head keeps {len(both)} of {len(classes)} classes"
-            + (f", new are {', '.join(new[:10])}{' …' * (len(new) > 10)}" if new else ""))
+    more = f", new are {', '.join(new[:10])}{' …' * (len(new) > 10)}" if new else ""
+    return model, f"starts from {opened.folder}; its head keeps {len(both)} of {len(classes)} classes{more}"
 
 
 def run_before(config, key, classes):
@@ -80,17 +75,13 @@ def heat_run(config, classes):
 
 
 def keep_heat_network(first, folder):
-    """Copy the last weights of the run --heat-from into `heat.pt`, so that the run in `folder` is complete without
-    it.
-    """
+    """Copy the last weights of the run --heat-from into `folder`, as `heat.pt`: the run is then complete without it."""
     if first is not None:
         save_checkpoint(folder / "heat.pt", {"model": load_checkpoint(first.folder / "last.pt")["model"]})
 
 
 def heat_network(config, classes, folder):
-    """The network whose heat it is where that is not the one in training, frozen, in eval mode, on the CPU; else
-    None.
-    """
+    """The network of --heat-from, as `folder` keeps it, frozen, in eval mode, on the CPU; or None."""
     if config["heat_from"] is None:
         return None
     model, _ = build_network(config, classes, pretrained=False)
@@ -99,11 +90,9 @@ def heat_network(config, classes, folder):
 
 
 def first_misled(config, folder, dataset, split, device):
-    """Ids of the training images that the run of --reweight gets wrong with its last weights; kept in
-    `reweighted.json`.
+    """Ids of the training images that the run of --reweight gets wrong in the end; kept in `reweighted.json`.
 
     The first half of Just Train Twice (Liu et al. 2021, algorithm 1); `Order` draws these more often, in the second.
-    Raises UserError.
     """
     if (folder / "reweighted.json").is_file():
         return files.read_json(folder / "reweighted.json")["misled"]

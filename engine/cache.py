@@ -39,19 +39,15 @@ def decoding_workers(config):
     return config["workers"] if config["workers"] is not None else min(8, os.cpu_count() or 1)
 
 
-# --- decoded images ------------------------------------------------------------------------------------------------
-
-
 def open_pixels(dataset, config, build=True):
     """Set `dataset.pixels`, all images decoded at config["image_size"], and return what to print of it, or None.
 
     --cache off: none; auto: where they fit the disk; or a folder, which then must hold them. build: whether to make
-    what is not there. Small datasets that come as arrays are kept in memory. Raises UserError where an image cannot be
-    read or the folder cannot be written.
+    what is not there. Small datasets that come as arrays are kept in memory. Raises UserError.
     """
     size, count = config["image_size"], len(dataset)
     needed = count * size * size * 3
-    if dataset.in_memory and needed <= RESIDENT_BYTES:
+    if isinstance(dataset.images, np.ndarray) and needed <= RESIDENT_BYTES:
         every = Decoded(dataset, np.arange(count), size)
         dataset.pixels = Pixels(np.stack([every.pixels(i) for i in range(count)]))
         return None
@@ -82,7 +78,7 @@ def check_images(dataset, config):
     same files are not decoded again, but not with --cache off.
     """
     size, workers = config["image_size"], decoding_workers(config)
-    if dataset.in_memory:
+    if isinstance(dataset.images, np.ndarray):
         return {}
     if config["cache"] == "off":
         return _decode_all(dataset, size, None, workers)
@@ -193,14 +189,10 @@ def _writing(folder, path):
                         "DIR, or --cache off") from None
 
 
-# --- digests -------------------------------------------------------------------------------------------------------
-
-
 def set_digests(dataset, config):
     """Set `dataset.digests`; files are read only where size or time differ from those of the last run's list.
 
-    `keep_digests` writes the list, once it is clear that there will be a run. One that cannot be read or written costs
-    time and nothing else.
+    `keep_digests` writes the list, once there will be a run. One that cannot be read or written costs time alone.
     """
     if config["cache"] == "off" or not isinstance(dataset.images, Names):
         dataset.digests = digests_of(dataset)
@@ -223,7 +215,6 @@ def set_digests(dataset, config):
 
 
 def keep_digests(dataset):
-    """Write the list of digests of a dataset, if it is not there as it should be."""
     if dataset.unwritten:
         path, known = dataset.unwritten
         content, dataset.unwritten = json.dumps(known).encode("utf-8", "surrogateescape"), None
@@ -234,26 +225,22 @@ def keep_digests(dataset):
 
 def _signs(files):
     """Size and time of each file, as one text; None where it cannot be asked for them."""
-    def ask(index):
-        try:
-            status = os.stat(files[index])
-            return f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
-            return None
-
-    def ask_all(block):
-        return [ask(index) for index in block.tolist()]
+    def ask(block):
+        signs = [None] * len(block)
+        for place, index in enumerate(block.tolist()):
+            with contextlib.suppress(OSError):
+                status = os.stat(files[index])
+                signs[place] = f"{status.st_size} {status.st_mtime_ns}"
+        return signs
 
     # A task for each of a million files takes ten times as long, and gigabytes.
     blocks = np.array_split(np.arange(len(files)), max(1, len(files) // 1000))
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return list(itertools.chain.from_iterable(pool.map(ask_all, blocks)))
+        return list(itertools.chain.from_iterable(pool.map(ask, blocks)))
 
 
 def digests_of(dataset, indices=None):
-    """Hex hashes of the content of images number `indices`, of all by default; NOT_READ for those that cannot be
-    read.
-    """
+    """Hex hashes of the content of images number `indices`, by default of all; NOT_READ where one cannot be read."""
     indices = range(len(dataset)) if indices is None else indices
 
     def content(index):

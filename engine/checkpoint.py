@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked when they are read, and what they were made with.
+"""Checkpoints: written in full or not at all, checked when they are read, and what they were made with.
 
 `last.pt` is the newest, `previous.pt` the one before it. Loading runs nothing that lies in them.
 """
@@ -53,23 +53,22 @@ def keep_previous(path, previous):
         raise cannot_write(previous, error) from None
 
 
-def last_checkpoint(folder, device="cpu"):
+def last_checkpoint(folder):
     """The content of `last.pt`, or of `previous.pt` where that is damaged or missing; and what to print of it, or None.
 
-    (None, None) where there is neither. A damaged one is set aside as `damaged.pt`, and the one before becomes
-    `last.pt`. Raises UserError where none can be read.
+    (None, None) where there is neither. A damaged one becomes `damaged.pt`, and the one before `last.pt`.
     """
     last, previous = Path(folder) / "last.pt", Path(folder) / "previous.pt"
     reason = f"{last}: missing"
     try:
         if last.exists():
-            return load_checkpoint(last, device), None
+            return load_checkpoint(last), None
         if not previous.exists():
             return None, None
     except UserError as error:
         reason = str(error)
     try:
-        state = load_checkpoint(previous, device)
+        state = load_checkpoint(previous)
     except UserError:
         raise UserError(f"{reason}; and previous.pt cannot be read either. Remove both to train {folder} from its "
                         "beginning, with the same split and settings", resumable=False) from None
@@ -79,8 +78,6 @@ def last_checkpoint(folder, device="cpu"):
     return state, (f"{reason}; going on from the checkpoint before it, after {state['epoch']} epochs"
                    + (f" and {state['step']} batches" if state["step"] else ""))
 
-
-# --- what it was made with -----------------------------------------------------------------------------------------
 
 # What decides what is trained, as it was when it was loaded.
 SOURCES = [*(HERE / f"{name}.py" for name in ("train", "staged", "proxy", "cam", "data")),
@@ -112,8 +109,7 @@ def check_made_with(folder, there, now, any_code):
         return ", ".join(f"{key} {before}, not {after}" for key, before, after in values)
 
     if keys := differing("settings", [*SETTINGS, "dataset_entry", "model_entry"]):
-        refuse(f"made with other settings than those in config.json: {pairs('settings', keys)}. Put config.json back, "
-               "or start a new run")
+        refuse(f"made with other settings than config.json has: {pairs('settings', keys)}. Put it back, or start anew")
     if there["classes"] != now["classes"] or there["dataset"] != now["dataset"]:
         what = "classes" if there["classes"] != now["classes"] else "images"
         refuse(f"made on a dataset with other {what} than split.json names. Put split.json back, or start a new run")

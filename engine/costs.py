@@ -19,10 +19,7 @@ from engine import ranks
 
 
 class Counts:
-    """What an epoch adds up to. It is summed on the device, which is asked for it at the display's pace and at the end.
-
-    energy: `Energy`. before: what `so_far` gave of the same epoch, in a process that was stopped.
-    """
+    """What an epoch adds up to, on the device. before: what `so_far` gave of it in a process that was stopped."""
 
     # over all processes; and those that pass for all at the same time
     ADDED = ("loss", "fresh", "wrong", "erased_images", "skipped_steps", "images_seen", "second_pass_images",
@@ -43,9 +40,7 @@ class Counts:
         self.sums[1:3] += torch.stack([fresh.sum(), (wrong & fresh).sum()])
 
     def add(self, trained, updated, skipped):
-        """Count a batch. trained: `proxy.Trained`; a loss that is not finite adds 0. updated, skipped: of
-        `backward`.
-        """
+        """Count a batch. trained: `proxy.Trained`; a loss not finite adds 0. updated, skipped: of `backward`."""
         fresh = trained.fresh
         self.sums[:4:3] += torch.stack([trained.loss.detach().nan_to_num(0, 0, 0) * len(fresh), (~fresh).sum()])
         if updated and ranks.RANK == 0:
@@ -92,13 +87,8 @@ def merged(counts):
     return {key: (sum if key in Counts.ADDED else max)(each[key] for each in counts) for key in counts[0]}
 
 
-# --- memory --------------------------------------------------------------------------------------------------------
-
-
 def memory(device):
-    """Peak memory so far and memory held now in MB (2^20 bytes): of this process, and of its GPU where it has one; of
-    several processes the largest. None where it cannot be measured.
-    """
+    """Memory of process and GPU in MB (2^20 bytes), at its peak and now; the largest of all ranks; None if unknown."""
     host = None
     if resource:
         unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
@@ -127,9 +117,6 @@ def release(device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-# --- energy --------------------------------------------------------------------------------------------------------
 
 
 class Energy:

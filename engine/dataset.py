@@ -27,9 +27,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Names:
-    """Strings in one buffer. Reading a list's strings counts references, and so copies its memory in every forked
-    worker.
-    """
+    """Strings in one buffer: reading those of a list counts references, and so copies it in every forked worker."""
 
     def __init__(self, names):
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
@@ -108,11 +106,6 @@ class Dataset:
         place = index - (len(self) - len(files))
         return files[place] if 0 <= place < len(files) else self.root / self.ids[index]
 
-    @property
-    def in_memory(self):
-        """Whether all images are there without decoding files."""
-        return isinstance(self.images, np.ndarray)
-
     def keep(self, kept, classes, labels):
         """The dataset of the images number `kept` alone, whose labels, int64 [n], count `classes`."""
         if isinstance(self.images, np.ndarray):
@@ -151,8 +144,6 @@ def natural_order(text):
             for piece in re.split(r"([0-9]+)", text)], text
 
 
-# --- files and pixels ----------------------------------------------------------------------------------------------
-
 _real = functools.lru_cache(4096)(os.path.realpath)  # of folders, each of which holds many files
 
 
@@ -162,9 +153,7 @@ def image_extensions():
 
 
 def read_file(path, root):
-    """A file's bytes. Raises OSError for what is not a file within `root`, wherever links lead: a device may never
-    end.
-    """
+    """A file's bytes. Raises OSError for what is no file within `root`, wherever links lead: a device may not end."""
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         target = os.path.realpath(path, strict=True)

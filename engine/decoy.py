@@ -15,7 +15,6 @@ from PIL import Image
 from engine.chance import numpy_generator
 
 SWATCH = 8  # a decoy's side is an eighth of the image's
-CORNERS = 4
 
 
 @dataclass
@@ -31,9 +30,7 @@ class Decoy:
 
 
 def swatch(corners, size):
-    """bool [n, size, size]: squares in corners 0 to 3, clockwise from the upper left; none for -1. corners: int64
-    [n].
-    """
+    """bool [n, size, size]: squares in `corners`, int64 [n], 0 to 3 clockwise from the upper left; none for -1."""
     near = torch.arange(size, device=corners.device) < max(1, size // SWATCH)
     down, right = ((corners == 2) | (corners == 3))[:, None], ((corners == 1) | (corners == 2))[:, None]
     rows, columns = torch.where(down, near.flip(0), near), torch.where(right, near.flip(0), near)
@@ -48,7 +45,7 @@ def draw_decoy(dataset, split, seed):
     """
     draw, count = numpy_generator("decoy", seed), len(dataset.classes)
     hues = [colorsys.hsv_to_rgb(c / count, 1, 1) for c in range(count)]
-    corners = draw.integers(CORNERS, size=len(dataset))
+    corners = draw.integers(4, size=len(dataset))
     others = (dataset.labels + draw.integers(1, count, size=len(dataset))) % count
     test = set(split["test"])
     shown = np.where([image_id in test for image_id in dataset.ids], others, dataset.labels)
@@ -80,8 +77,7 @@ MASKS = {"digits": ink, "noisy_digits": ink, "pets": trimap}
 
 
 def masks_of(dataset, indices, pixels):
-    """Where heat should lie, or under --decoy should not: (name, bool [n, H, W]), or (None, None) where it is not
-    known.
+    """Where heat should lie, or under --decoy should not: (name, bool [n, H, W]), or (None, None) if not known.
 
     indices: int64 [n] of the images. pixels: uint8 [n, 3, H, W], the same images.
     """

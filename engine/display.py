@@ -12,7 +12,6 @@ console = Console(highlight=False, quiet=ranks.RANK > 0)
 
 
 def progress(batches, text):
-    """Yield the batches, with a progress bar where the output is a terminal."""
     return track(batches, text, len(batches), console=console, transient=True, disable=not console.is_terminal)
 
 

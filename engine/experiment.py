@@ -97,8 +97,6 @@ def read_experiment(name, own=None, above=()):
 
 
 class Cell(NamedTuple):
-    """One run of an experiment."""
-
     arm: str
     seed: int
     options: dict  # settings, as `settings.resolve` takes them
@@ -115,8 +113,7 @@ class Cell(NamedTuple):
 def cells(configs, name, given):
     """The cells of an experiment, each arm's first seed before any second one. given: settings for all of them.
 
-    Where an arm has "cam": "none", settings of the grid that then change nothing are left out, and cells that are then
-    alike are one. Raises UserError.
+    Where an arm has "cam": "none", settings of the grid that then change nothing go, and cells then alike are one.
     """
     entry = read_experiment(name, configs.get("experiments"))
     arms, grid, common = entry["arms"] or {"": {}}, entry["grid"], entry["settings"]
@@ -187,8 +184,8 @@ def run_cells(name, given, cell=None, jobs=1, any_code=False):
     every = cells(configs, name, given)
     mine, epochs = share_of(every, cell), check(every, configs)
     waiting, running, failed, number = [c for c in mine if not c.finished()], {}, [], signal.SIGTERM
-    done = f"{len(mine) - len(waiting)} of {len(mine)} to do are done already"
-    show(f"{every[0].folder.parent}: {len(every)} cells, {done}")
+    done = len(mine) - len(waiting)
+    show(f"{every[0].folder.parent}: {len(every)} cells, {done} of {len(mine)} to do are done already")
     with Progress(console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600) as bar:
         task = bar.add_task(name, total=sum(epochs[c.folder] for c in mine))
         try:
@@ -226,28 +223,24 @@ def check(every, configs):
 
 
 def start_cells(waiting, running, jobs, any_code):
-    """Move cells that can start from `waiting` to free slots of `running`, {slot: (cell, process, start)}."""
+    """Start cells that can start, from `waiting`, in free slots of `running`, {slot: (cell, process, its start)}."""
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else None
     for slot in set(range(jobs)) - set(running):
-        if ready := next((c for c in waiting if c.needs is None or (c.needs / "metrics.json").is_file()), None):
-            waiting.remove(ready)
-            running[slot] = begin(ready, slot, jobs, any_code)
+        cell = next((c for c in waiting if c.needs is None or (c.needs / "metrics.json").is_file()), None)
+        if cell is None:
+            break
+        waiting.remove(cell)
+        gpus = torch.cuda.device_count() if jobs > 1 else 1
+        device = f"cuda:{slot % gpus}" if gpus > 1 and cell.options.get("device", "auto") == "auto" else None
+        files.make_folder(output_of(cell).parent)
+        files.append_bytes(output_of(cell), b"")  # here a folder that is closed to us is one line
+        arguments = command(cell, device, any_code)[1:], str(output_of(cell)), threads
+        process = processes.Process(target=run_cell, args=arguments)
+        process.start()
+        running[slot] = cell, process, time.perf_counter()
     if waiting and not running:
         name, needs = waiting[0].folder.name, waiting[0].needs
         raise UserError(f"{name} starts from {needs}, which is not finished; first run that")
-
-
-def begin(cell, slot, jobs, any_code):
-    """Start a cell's process; returns (cell, process, time of its start)."""
-    device, gpus = None, torch.cuda.device_count()
-    if jobs > 1 and gpus > 1 and cell.options.get("device", "auto") == "auto":
-        device = f"cuda:{slot % gpus}"
-    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs > 1 and "OMP_NUM_THREADS" not in os.environ else None
-    files.make_folder(output_of(cell).parent)
-    files.append_bytes(output_of(cell), b"")  # here a folder that is closed to us is one line
-    arguments = command(cell, device, any_code)[1:], str(output_of(cell)), threads
-    process = processes.Process(target=run_cell, args=arguments)
-    process.start()
-    return cell, process, time.perf_counter()
 
 
 def run_cell(arguments, output, threads):
@@ -321,8 +314,7 @@ def summarise(every, failed, name, out):
         show(f"{arm:30}{len(found):>8}" + (f"{np.mean(found):16.4f}{spread}" if found else f"{'-':>16}"))
     left = sum(not c.finished() for c in every)
     if failed:
-        show(f"\n{len(failed)} cells failed; for the first see {output_of(failed[0])}. Run the same command again for "
-             "these alone")
+        show(f"\n{len(failed)} cells failed; see first {output_of(failed[0])}. The same command runs these again")
     elif left:
         show(f"\n{left} cells are left, for other shares or jobs")
     else:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the error for what a user can mend.
+"""Files that are complete or not there, and the error for what a user can mend.
 
 Every file is written under a temporary name, synced and renamed: a crash leaves the old one or the new one, and never
 half of one. Reading a file runs nothing that lies in it.
@@ -11,16 +11,14 @@ import json
 import os
 import platform
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback; exit status 2.
-
-    resumable: whether the run in whose midst it happened can go on.
-    """
+    """What the user can mend: one line without a traceback, exit status 2. resumable: whether its run can go on."""
 
     def __init__(self, text, resumable=True):
         super().__init__(text)
@@ -43,14 +41,10 @@ def short_reason(error):
     return str(error).splitlines()[0] if str(error) else repr(error)
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
 def write_atomically(path, write, sync_name=True):
-    """Call `write` with an open binary file that becomes `path` only when it is whole and on the disk.
+    """Call `write` with an open binary file that becomes `path` when it is complete and on the disk; or UserError.
 
     sync_name: whether its name is to be on the disk too; who writes many files to a folder syncs that once.
-    Raises UserError where the system cannot write.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{threading.get_ident()}.{os.getpid()}.tmp")
@@ -129,13 +123,9 @@ def sweep(folder):
         path.unlink(missing_ok=True)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
 def _once(pairs):
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
             raise UserError(f"key {key!r} stands twice in the same object")
     return dict(pairs)
 
@@ -178,12 +168,9 @@ def read_lines(path):
 
 
 def cut_lines(path, count):
-    """Keep the first `count` lines of a JSON lines file."""
     kept = "".join(json.dumps(line) + "\n" for line in read_lines(path)[:count])
     write_atomically(path, lambda file: file.write(kept.encode()))
 
-
-# --- names and locks -----------------------------------------------------------------------------------------------
 
 PLAIN = set("-_+=,() ")  # in file names, besides letters and digits of any script, and dots within
 
@@ -205,8 +192,7 @@ def lock(path, wait=False):
     """Keep the file `path` to this process. Returns it open: the lock ends when it is closed, or with the process.
 
     wait: until another process that has it is done; without, UserError names that process. The lock is the system's
-    own: a process that was killed holds none. On a file system or system without locks there is none. Raises OSError
-    where the file cannot be opened.
+    own: a killed process holds none. Where the system has no locks there is none. May raise OSError.
     """
     file = open(path, "a+")
     try:

@@ -22,8 +22,7 @@ FEWEST_BATCHES = 10  # an epoch of fewer steps learns little, however many image
 def fitting_batch(train, config, model, classes, device, images):
     """The most images whose training step fits the GPU, every image selected, at least 10 batches in an epoch.
 
-    Found by trial, with the loop `train` itself on a copy of the network and on blank images. classes: names. Raises
-    UserError where there is no GPU to ask, or not even two images fit.
+    Found by trial, with the loop `train` itself on a copy of the network and on blank images. classes: names.
     """
     if device.type != "cuda":
         raise UserError(f"--batch-size auto asks how much a GPU holds, and this run is on {device}: give a number")
@@ -54,8 +53,7 @@ def largest_batch(fits, most):
         middle = (low + size) // 2
         low, size = (middle, size) if fits(middle) else (low, middle)
     if low == 1:
-        raise UserError("out of memory: not even --batch-size 2 fits; try --amp auto, a smaller --image-size or a "
-                        "smaller --model")
+        raise UserError("out of memory: --batch-size 2 does not fit; try --amp auto, a smaller --image-size or --model")
     return low if low < 16 else low - low % 8
 
 

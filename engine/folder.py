@@ -26,6 +26,7 @@ from engine.network import build_network
 from engine.split import PARTS
 
 LOCK = ".lock"
+LEFT = (LOCK, "env.json", "split.json", "bad-images.txt")  # in a folder, by a process killed before it is a run's
 _held = []  # open files, whose locks last as long as the process
 _noted = set()  # what was printed of older runs, so that a report on a hundred of them prints it once
 
@@ -51,13 +52,9 @@ class Run:
         if dataset.fingerprint != self.split["fingerprint"]:
             raise UserError(f"dataset {dataset.name} in {dataset.root} is not the one that {self.folder} was made "
                             "with: images, names or classes differ")
-        return with_decoy(dataset, self.config, self.split)
-
-
-def with_decoy(dataset, config, split):
-    """The dataset, with the decoys of a run that has them."""
-    dataset.decoy = draw_decoy(dataset, split, config["seed"]) if config["decoy"] else None
-    return dataset
+        if self.config["decoy"]:
+            dataset.decoy = draw_decoy(dataset, self.split, self.config["seed"])
+        return dataset
 
 
 def open_run(folder):
@@ -79,10 +76,7 @@ def open_run(folder):
 
 
 def modernised(config, where):
-    """A run's config in today's format; prints once what is ignored of an older one. Raises UserError for a newer one.
-
-    Format 1 had 64 settings, some of which are parts of others now.
-    """
+    """A run's config in today's format; prints once what is ignored of an older one. UserError for a newer one."""
     if not isinstance(config, dict):
         raise UserError(f"{where}: not a run's settings")
     number = config.get("format")
@@ -127,13 +121,7 @@ def open_finished(folder, option=""):
 
 
 def read_log(folder):
-    """The epochs' lines, first to last."""
     return files.read_lines(Path(folder) / "log.jsonl")
-
-
-def cut_log(folder, epochs):
-    """Keep the first `epochs` lines: what was logged after the checkpoint that a run resumes from happens again."""
-    files.cut_lines(Path(folder) / "log.jsonl", epochs)
 
 
 def read_predictions(folder):
@@ -144,26 +132,14 @@ def read_predictions(folder):
     return files.read_arrays(path)
 
 
-# --- a new folder --------------------------------------------------------------------------------------------------
-
-
 def hold(folder):
     """Keep the run in `folder` to this process until it ends. Raises UserError where another process has it."""
     with contextlib.suppress(OSError):
         _held.append(files.lock(Path(folder) / LOCK))
 
 
-def is_leftover(folder):
-    """Whether a folder holds no more than a process leaves that was killed before it had made a run of it."""
-    left = (LOCK, "env.json", "split.json", "bad-images.txt")
-    return folder.is_dir() and all(path.name in left or path.name.endswith(".tmp") for path in folder.iterdir())
-
-
 def make_folder(config):
-    """A folder for the run, which was not there before; a name that nobody asked for gets a number where it is taken.
-
-    What a process left that was killed before it had made a run of it is taken over. Raises UserError.
-    """
+    """A folder for the run, new or with no more than LEFT; a name nobody asked for gets a number where it is taken."""
     asked, out = config["name"], Path(config["out"])
     base = asked or f"{config['dataset']}-{config['model'].replace('/', '_')}-{config['cam']}-s{config['seed']}"
     for number in itertools.count(1):
@@ -172,7 +148,7 @@ def make_folder(config):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if not is_leftover(folder):
+            if not folder.is_dir() or any(p.name not in LEFT and p.suffix != ".tmp" for p in folder.iterdir()):
                 if not asked and folder.is_dir():
                     continue
                 raise UserError(f"{folder} is there already: choose another --name or --out, or go on with it with "
@@ -202,14 +178,11 @@ def describe_environment(dataset, device):
     energy = costs.Energy(device)
     energy.close()
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "commit": commit,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "commit": commit,
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "timm": timm.__version__, "numpy": np.__version__,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "platform": platform.platform(), "processor": processor(),
+        "timm": timm.__version__, "numpy": np.__version__, "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(), "platform": platform.platform(), "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "pillow": Image.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "energy": energy.source,
@@ -219,7 +192,6 @@ def describe_environment(dataset, device):
 
 
 def processor():
-    """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import data
 from engine import before, cache, checkpoint, files, fit, folder, network, pictures, ranks, settings
+from engine.decoy import draw_decoy
 from engine.display import console
 from engine.files import UserError
 from engine.settings import SETTINGS, option
@@ -60,18 +62,13 @@ def parse(arguments, text):
     command.add_argument("--experiment", metavar="NAME", help="run experiments/NAME.json: what is not finished of it")
     command.add_argument("--cell", metavar="I/N", help="with --experiment: only the I-th of N shares, for job arrays")
     command.add_argument("--jobs", metavar="K", help="with --experiment: so many runs side by side (default: 1)")
-    groups = {}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(s.group for s in SETTINGS.values())}
     for key, setting in SETTINGS.items():
-        group = groups.setdefault(setting.group, None) or parser.add_argument_group(setting.group)
-        groups[setting.group] = group
         choices = f": {', '.join(setting.choices)}" if setting.choices else ""
         default = "null" if defaults[key] is None else defaults[key]
         about = f"{setting.help}{choices} (default: {default})".replace("%", "%%")
-        words = {"default": argparse.SUPPRESS, "help": about}
-        if setting.kind is bool:
-            group.add_argument(option(key), action=argparse.BooleanOptionalAction, **words)
-        else:
-            group.add_argument(option(key), metavar=key.upper(), **words)
+        kind = {"action": argparse.BooleanOptionalAction} if setting.kind is bool else {"metavar": key.upper()}
+        groups[setting.group].add_argument(option(key), default=argparse.SUPPRESS, help=about, **kind)
     command.add_argument("--same-step", dest="step", action="store_const", const="same_step", default=argparse.SUPPRESS,
                         help="the same as --step same_step")
     given = parser.parse(arguments)
@@ -89,8 +86,7 @@ def _check_command(other):
         if other[key] and not other[other_key]:
             raise UserError(f"{option(key)} goes with {option(other_key)}. See python train.py --help")
     if other["experiment"] and (other["resume"] or other["dry_run"]):
-        raise UserError("--experiment goes with neither --resume nor --dry-run: it goes on by itself with what is not "
-                        "finished")
+        raise UserError("--experiment goes with neither --resume nor --dry-run: it goes on with what is not finished")
     if other["jobs"] is not None and not (other["jobs"].isdecimal() and 1 <= int(other["jobs"]) <= 1000):
         raise UserError(f"--jobs {other['jobs']}: expected a number from 1 to 1000")
 
@@ -105,14 +101,8 @@ def _typed(key, text):
     return text
 
 
-# --- a new run -----------------------------------------------------------------------------------------------------
-
-
 def start(options, dry_run, show_sheet, train):
-    """A new run: everything is loaded and checked before its folder is made. Returns `Ready`, or None for a dry run.
-
-    train: the loop, for --batch-size auto. Raises UserError.
-    """
+    """A new run, checked before its folder is made: `Ready`, or None for a dry run. train: for --batch-size auto."""
     config = settings.resolve(settings.read_configs(), options)
     device = network.pick_device(config["device"])
     dataset, skipped = data.load_dataset(config), []
@@ -127,7 +117,8 @@ def start(options, dry_run, show_sheet, train):
         split = the_split(config, dataset) if skipped else split
     split = {"classes": dataset.classes, "fingerprint": dataset.fingerprint, **split,
              "skipped": [image_id for image_id, _, _ in skipped]}
-    folder.with_decoy(dataset, config, split)
+    if config["decoy"]:
+        dataset.decoy = draw_decoy(dataset, split, config["seed"])
     config["layer"] = layer or config["layer"]
     if config["batch_size"] == settings.AUTO:
         size = fit.fitting_batch(train, config, model, dataset.classes, device, len(split["train"]))
@@ -152,12 +143,8 @@ def start(options, dry_run, show_sheet, train):
 
 
 def usable(config, dataset):
-    """The dataset without images that cannot be used, and these as (id, file, what is wrong).
-
-    Without --skip-bad a UserError for them.
-    """
-    bad = cache.check_images(dataset, config)
-    found = [(dataset.ids[i], str(dataset.where(i)), wrong) for i, wrong in bad.items()]
+    """The dataset without images that cannot be used, and these as (id, file, what is wrong); or UserError."""
+    found = [(dataset.ids[i], str(dataset.where(i)), wrong) for i, wrong in cache.check_images(dataset, config).items()]
     if not found or config["skip_bad"]:
         return dataset.without([image_id for image_id, _, _ in found]), found
     path = files.make_folder(config["out"]) / "bad-images.txt"
@@ -187,24 +174,17 @@ def print_dry_run(config, dataset, split, text, model, layer, grid):
     for key in SETTINGS:
         print(f"{key:15} {config[key]}")
     label = dict(zip(dataset.ids, dataset.labels.tolist()))
-    sizes = {part: [0] * len(dataset.classes) for part in PARTS}
-    for part, counted in sizes.items():
-        for image_id in split[part]:
-            counted[label[image_id]] += 1
+    sizes = [np.bincount([label[i] for i in split[part]], minlength=len(dataset.classes)) for part in PARTS]
     width = max(5, *(len(c) for c in dataset.classes))
-    print(f"\n{'class':{width}}" + "".join(f"{part:>8}" for part in PARTS))
-    for i, name in enumerate(dataset.classes):
-        print(f"{name:{width}}" + "".join(f"{sizes[part][i]:>8}" for part in PARTS))
-    print(f"{'all':{width}}" + "".join(f"{len(split[part]):>8}" for part in PARTS))
+    print()
+    for name, *row in [("class", *PARTS), *zip(dataset.classes, *sizes), ("all", *map(sum, sizes))]:
+        print(f"{name:{width}}" + "".join(f"{cell:>8}" for cell in row))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"\n{config['model']} ({config['model_entry']['timm']}): {parameters:,} parameters, "
           f"{parameters * 4 / 2**20:.1f} MB in float32; {text}")
     if layer:
         print(f"explains {layer}, a grid of {grid[0]}x{grid[1]}")
     print("\nNothing was trained or written. Leave out --dry-run to start.")
-
-
-# --- a run that goes on, and several processes ---------------------------------------------------------------------
 
 
 def resume(path, options):
@@ -215,8 +195,7 @@ def resume(path, options):
     opened = folder.open_run(path)
     other = [key for key in options if key not in ("device", "workers", "cache")]
     if other:
-        raise UserError(f"--resume goes on with the settings of {path}: leave out {option(other[0])}, or start a new "
-                        "run")
+        raise UserError(f"--resume goes on with the settings of {path}: leave out {option(other[0])}, or start anew")
     if ranks.RANK == 0:
         files.sweep(path)
     config = opened.config | options

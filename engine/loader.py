@@ -73,9 +73,6 @@ class Checked(Decoded):
         return torch.from_numpy(np.stack(images)) if images else None, [wrong for _, wrong in items]
 
 
-# --- batches -------------------------------------------------------------------------------------------------------
-
-
 class Order:
     """Batches of positions: shuffled anew each epoch, every batch of the same size.
 
@@ -95,7 +92,7 @@ class Order:
         return math.ceil(self.length / (self.batch_size * self.ranks))
 
     def rows(self):
-        """Positions of the whole epoch, int64 [batches, batch_size of all ranks]."""
+        """Positions of an epoch's images, int64 [batches, batch_size of all ranks]."""
         order = self.length if self.weights is None else np.repeat(np.arange(self.length), self.weights)
         order = numpy_generator("order", self.seed, self.epoch).permutation(order)[:self.length]
         return np.resize(order, (len(self), self.batch_size * self.ranks))
@@ -104,20 +101,10 @@ class Order:
         return iter(self.rows()[self.start:, self.rank * self.batch_size:(self.rank + 1) * self.batch_size])
 
 
-class InOrder:
-    """Batches of positions, first to last; the last may be shorter. Of several ranks each takes every ranks-th
-    image.
-    """
-
-    def __init__(self, length, batch_size, rank=0, ranks=1):
-        positions = np.arange(rank, length, ranks)
-        self.batches = np.split(positions, range(batch_size, len(positions), batch_size)) if len(positions) else []
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
+def in_order(length, batch_size, rank, ranks):
+    """Batches of positions, in order; the last may be shorter. Each of several ranks takes every ranks-th image."""
+    positions = np.arange(rank, length, ranks)
+    return np.split(positions, range(batch_size, len(positions), batch_size)) if len(positions) else []
 
 
 class Batches:
@@ -135,7 +122,7 @@ class Batches:
         self.indices = np.array([number[i] for i in ids], dtype=np.int64)
         self.device, self.pixels = device, dataset.pixels
         self.labels = torch.from_numpy(dataset.labels[self.indices])
-        self.order = InOrder(len(ids), batch_size, rank, ranks) if seed is None \
+        self.order = in_order(len(ids), batch_size, rank, ranks) if seed is None \
             else Order(len(ids), batch_size, seed, rank, ranks, weights)
         self.resident = self.loader = self.decoy = None
         if decoy and dataset.decoy is not None:
@@ -154,16 +141,11 @@ class Batches:
     def __len__(self):
         return len(self.order)
 
-    def seen(self):
-        """Positions in `ids` of the images of this epoch, in their order, over all ranks."""
-        return self.order.rows().ravel().tolist()
-
     def __iter__(self):
-        batches = self._without_decoys()
-        return batches if self.decoy is None else self._with_decoys(batches)
-
-    def _with_decoys(self, batches):
-        for positions, (images, labels) in zip(self.order, batches):
+        if self.decoy is None:
+            yield from self._without_decoys()
+            return
+        for positions, (images, labels) in zip(self.order, self._without_decoys()):
             corners, colours = (part[torch.from_numpy(positions).to(self.device)] for part in self.decoy)
             square = swatch(corners, images.shape[-1])[:, None]
             yield torch.where(square, colours[:, :, None, None], images), labels
@@ -200,10 +182,9 @@ def ahead(items, depth=3):
 
 
 def prepare(pixels, mean, std):
-    """Normalised images from pixels, on the device, a whole batch at once.
+    """Normalised images, float32 [B, 3, H, W], channels last, of pixels, uint8 [B, 3, H, W], on their device.
 
-    pixels: uint8 [B, 3, H, W]. mean, std: float [1, 3, 1, 1] on the same device, for values in [0, 1].
-    Returns float32 [B, 3, H, W], channels last.
+    mean, std: float [1, 3, 1, 1] on the same device, for values in [0, 1].
     """
     return normalise(to_float(pixels), mean, std)
 

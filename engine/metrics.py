@@ -17,18 +17,18 @@ def softmax(logits):
     return special.softmax(logits.astype(np.float64), axis=1)
 
 
-def calibration(confidence, correct, bins=ECE_BINS):
-    """Images, sum of confidence and number of correct ones, each [bins], in bins of equal width.
+def calibration(confidence, correct):
+    """Images, sum of confidence and number of correct ones, each [ECE_BINS], in bins of equal width.
 
     confidence: float [N] in (0, 1], of the predicted class. correct: bool [N].
     """
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    return (np.bincount(place, minlength=bins), np.bincount(place, confidence, bins), np.bincount(place, correct, bins))
+    place = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+    return tuple(np.bincount(place, weights, ECE_BINS) for weights in (None, confidence, correct))
 
 
-def expected_calibration_error(confidence, correct, bins=ECE_BINS):
-    """Guo et al. 2017, equation 3: mean over bins of |accuracy - confidence|, weighted by size; arguments as there."""
-    sizes, confident, right = calibration(confidence, correct, bins)
+def expected_calibration_error(confidence, correct):
+    """Guo et al. 2017, equation 3: mean over the bins of `calibration` of |accuracy - confidence|, weighted by size."""
+    sizes, confident, right = calibration(confidence, correct)
     return float(np.abs(right - confident).sum() / sizes.sum())
 
 
@@ -63,11 +63,10 @@ def group_metrics(labels, logits, groups, classes):
     groups: [N] bytes, the groups' names. Returns {"CLASS, GROUP": {"images", "accuracy"}} and that lowest accuracy.
     """
     found, right = {}, logits.argmax(1) == labels
-    for group in np.unique(groups):
-        for c in np.unique(labels[groups == group]):
-            inside = right[(groups == group) & (labels == c)]
-            name = f"{classes[c]}, {group.decode('utf-8', 'surrogateescape')}"
-            found[name] = {"images": len(inside), "accuracy": float(inside.mean())}
+    for group, c in sorted(set(zip(groups, labels))):
+        inside = right[(groups == group) & (labels == c)]
+        name = f"{classes[c]}, {group.decode('utf-8', 'surrogateescape')}"
+        found[name] = {"images": len(inside), "accuracy": float(inside.mean())}
     return found, min(each["accuracy"] for each in found.values())
 
 
@@ -85,9 +84,6 @@ def costs(log, prediction_seconds, stages=()):
     def total(key):
         return sum(line[key] for line in log)
 
-    def peak(key):
-        return max((line[key] for line in log if line[key] is not None), default=None)
-
     energies = [line["energy_wh"] for line in (*log, *erasing) if line["energy_wh"] is not None]
     seconds = total("train_seconds") + erasing_seconds
     return {
@@ -100,9 +96,8 @@ def costs(log, prediction_seconds, stages=()):
         "optimizer_steps": total("optimizer_steps"),
         "skipped_steps": total("skipped_steps"),
         "images_per_second": round(total("images_seen") / seconds, 2) if seconds else None,
-        "peak_gpu_allocated_mb": peak("peak_gpu_allocated_mb"),
-        "peak_gpu_reserved_mb": peak("peak_gpu_reserved_mb"),
-        "peak_host_mb": peak("peak_host_mb"),
+        **{key: max((line[key] for line in log if line[key] is not None), default=None)
+           for key in ("peak_gpu_allocated_mb", "peak_gpu_reserved_mb", "peak_host_mb")},
         "energy_wh": round(sum(energies), 4) if energies else None,
     }
 

@@ -15,11 +15,11 @@ import cam
 from engine.files import UserError, short_reason
 
 
-def build_network(config, classes, pretrained=None):
+def build_network(config, classes, pretrained=True):
     """The network of a resolved config, on the CPU, and a text on the weights that it starts with.
 
-    classes: number of outputs. pretrained: overrides config["pretrained"]; False for a network whose weights will be
-    loaded from a checkpoint anyway. Returns (model, text). Raises UserError where the weights cannot be had.
+    classes: number of outputs. pretrained: False for a network whose weights will be loaded from a checkpoint anyway.
+    Returns (model, text). Raises UserError where the weights cannot be had.
     """
     import timm
 
@@ -27,9 +27,8 @@ def build_network(config, classes, pretrained=None):
     known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
     if known is not None and known.fixed_input_size:
         arguments["img_size"] = config["image_size"]
-    weights = config["weights"] if pretrained is None else None
-    pretrained = config["pretrained"] if pretrained is None else pretrained
-    pretrained = pretrained and not weights
+    weights = config["weights"] if pretrained else None
+    pretrained = pretrained and config["pretrained"] and not weights
     text = "starts from random weights"
     if pretrained and not (known is not None and known.has_weights):
         pretrained, text = False, f"starts from random weights, for timm has no pretrained ones for {name}"
@@ -56,9 +55,6 @@ def head_names(config, model, classes):
     axes = {name: [i for i, (a, b) in enumerate(zip(tensor.shape, larger[name].shape)) if a != b]
             for name, tensor in model.state_dict().items()}
     return {name: axis[0] for name, axis in axes.items() if axis}
-
-
-# --- weights -------------------------------------------------------------------------------------------------------
 
 
 def _reach_hub(known, name):
@@ -114,11 +110,7 @@ def read_weights(path):
 
 
 def load_weights(model, path):
-    """Load a `.safetensors` or `.pth` file into `model`.
-
-    Tensors that the network has not, or has in another shape (as the head for other classes), are left out. Returns a
-    text that names them. Raises UserError where the file cannot be read or nothing in it fits.
-    """
+    """Load what fits of a `.safetensors` or `.pth` file into `model`; returns a text with the rest, or UserError."""
     found, own = read_weights(path), model.state_dict()
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
     if not fits:
@@ -145,9 +137,6 @@ def classes_of_weights(config):
     return known.num_classes if known is not None else 1000
 
 
-# --- how it is called ----------------------------------------------------------------------------------------------
-
-
 def normalisation(config, model):
     """(mean, std) [1, 3, 1, 1] for values in [0, 1]: the dataset's, or those that the network was pretrained with."""
     given = config["dataset_entry"]["normalisation"]
@@ -160,8 +149,7 @@ def normalisation(config, model):
 def try_network(config, model):
     """One forward pass, in eval mode, that shows whether network, image size, method and layer fit together.
 
-    Returns name and grid (h, w) of the explained layer, or (None, None) for --cam none; the model is left as it was.
-    Raises UserError.
+    Returns name and grid (h, w) of the explained layer, or (None, None) for --cam none. The model stays as it was.
     """
     explain = contextlib.nullcontext()
     size, training, first = config["image_size"], model.training, next(model.parameters())

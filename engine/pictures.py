@@ -6,7 +6,6 @@ Colours are those of viridis and cividis, which grow evenly in lightness and whi
 import contextlib
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,9 +20,10 @@ from engine import before, chance, files, loader, metrics, network, predict
 from engine.dataset import UNREADABLE, to_rgb
 
 HEAT_COLOURS = colormaps["viridis"]
-SHEET_IMAGES = 8
+SHEET_IMAGES = 8  # in two rows of four
 SPACE_IMAGES, SPACE_AREAS = 6, (0.05, 0.15, 0.4)
 OUTLINE = "#e69f00"  # around what is erased, since black on black cannot be seen
+NAMES = {"parse_math": False}  # of texts that hold names: a dollar sign would start a formula
 
 
 def save_figure(figure, path):
@@ -33,17 +33,17 @@ def save_figure(figure, path):
         files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def plain(axes):
-    """Show class names as they are, also where they hold dollar signs, which would start a formula."""
-    for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title):
-        text.set_parse_math(False)
+def panels(width, height, rows, columns):
+    """A figure of so many inches, and its axes [rows, columns] without frames and ticks."""
+    figure = Figure((width, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    return figure, grid
 
 
 def overlay(image, heat):
-    """Heat in colours over the greys of an image, so that no colour is the image's.
-
-    image: [H, W, 3] in [0, 1]. heat: [H, W] in [0, 1]. Returns [H, W, 3] in [0, 1].
-    """
+    """Heat [..., H, W] in colours over the greys of images [..., H, W, 3], all in [0, 1]: no colour is an image's."""
     grey = image @ np.array([0.299, 0.587, 0.114])  # luma, ITU-R BT.601
     return 0.5 * grey[..., None] + 0.5 * HEAT_COLOURS(heat)[..., :3]
 
@@ -51,9 +51,6 @@ def overlay(image, heat):
 def shown(images, mean, std):
     """Normalised images [N, 3, H, W] as NumPy pictures [N, H, W, 3] in [0, 1]."""
     return loader.pixels_of(images, mean, std).permute(0, 2, 3, 1).cpu().numpy() / 255
-
-
-# What follows from predictions and log alone.
 
 
 def draw_confusion(folder, labels, logits, classes):
@@ -65,14 +62,13 @@ def draw_confusion(folder, labels, logits, classes):
     axes = figure.add_subplot(xlabel="predicted", ylabel="true", title="Test images: true against predicted class")
     figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="cividis"), label="share of the true class")
     if len(classes) <= 40:
-        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0, **NAMES)
+        axes.set_yticks(range(len(classes)), classes, **NAMES)
     if len(classes) <= 20:
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 colour = "black" if shares[row, column] > 0.5 else "white"
                 axes.text(column, row, count, ha="center", va="center", fontsize=8, color=colour)
-    plain(axes)
     save_figure(figure, folder / "confusion.png")
 
 
@@ -96,26 +92,19 @@ def draw_reliability(folder, labels, logits):
 
 def draw_curves(folder, log):
     """`curves.png`: loss, accuracy, and the shares that Proxy Attention found and erased, over epochs."""
-    epochs = [line["epoch"] for line in log]
     figure = Figure((12, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, name, title in zip(panels, ("loss", "accuracy"), ("Cross-entropy", "Accuracy")):
-        for part, colour in (("train", 0.75), ("val", 0.25)):
-            values = [line[f"{part}_{name}"] for line in log]
-            axes.plot(epochs, values, marker=".", color=HEAT_COLOURS(colour), label=part)
-        axes.set(title=title)
-    erased = [line["erased_images"] / line["images_seen"] for line in log]
-    panels[2].plot(epochs, [line["misled"] for line in log], marker=".", color=HEAT_COLOURS(0.25), label="misled")
-    panels[2].plot(epochs, erased, marker=".", color=HEAT_COLOURS(0.75), label="erased")
-    panels[2].set(title="Share of the images trained on", ylim=(0, None))
-    for axes in panels:
-        axes.set(xlabel="epoch")
+    shares = {"misled": [line["misled"] for line in log],
+              "erased": [line["erased_images"] / line["images_seen"] for line in log]}
+    loss, accuracy = ({part: [line[f"{part}_{name}"] for line in log] for part in ("val", "train")}
+                      for name in ("loss", "accuracy"))
+    titles = {"Cross-entropy": loss, "Accuracy": accuracy, "Share of the images trained on": shares}
+    for axes, (title, lines) in zip(figure.subplots(1, 3), titles.items()):
+        for (label, values), colour in zip(lines.items(), (0.25, 0.75)):
+            axes.plot([line["epoch"] for line in log], values, marker=".", color=HEAT_COLOURS(colour), label=label)
+        axes.set(title=title, xlabel="epoch", ylim=(0, None) if lines is shares else None)
         axes.legend()
         axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(figure, folder / "curves.png")
-
-
-# What needs the images and the network.
 
 
 def draw_sheet(folder, config, model, dataset, split, predictions, device):
@@ -139,42 +128,26 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
         eraser = proxy.Proxy(config, explain, (mean, std))
         eraser.key = ("sheet",)
         copies, heat, _ = eraser.erased(images, classes, every >= 0, explained(images), every, every >= 0)
-    titles = []
-    for i in order:
-        kind = "right, but unsure" if predicted[i] == labels[i] else "misled"
-        titles.append(f"{kind}\ntrue {dataset.classes[labels[i]]}\n"
-                      f"predicted {dataset.classes[predicted[i]]} ({confidence[i]:.2f})")
     pictures, heat = shown(images, mean, std), heat.cpu().numpy()
-    triples = list(zip(pictures, map(overlay, pictures, heat), shown(copies.images, mean, std)))
-    text = (f"Test images: as they are, {method} heat ({config['explain']} class), and with the pixels that this run's "
-            "settings erase")
-    save_figure(_sheet(text, titles, triples), folder / "sheet.png")
-
-
-def _sheet(text, titles, triples):
-    """A figure of (image, heat, erased) triples under each other, four columns at most."""
-    columns = min(4, len(triples))
-    rows = math.ceil(len(triples) / columns)
-    figure = Figure((2.9 * columns, 6.4 * rows), layout="constrained")
-    figure.suptitle(text, fontsize=10)
-    grid = figure.subplots(3 * rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for place, (title, triple) in enumerate(zip(titles, triples)):
-        row, column = 3 * (place // columns), place % columns
-        for offset, picture in enumerate(triple):
-            grid[row + offset, column].imshow(picture, interpolation="nearest")
-        grid[row, column].set_title(title, fontsize=9)
-        plain(grid[row, column])
-    return figure
+    triples = zip(pictures, overlay(pictures, heat), shown(copies.images, mean, std))
+    figure, grid = panels(11.6, 12.8, 6, 4)
+    figure.suptitle(f"Test images: as they are, {method} heat ({config['explain']} class), and with the pixels that "
+                    "this run's settings erase", fontsize=10)
+    for place, (i, triple) in enumerate(zip(order, triples)):
+        below = grid[3 * (place // 4):, place % 4]
+        for axes, picture in zip(below, triple):
+            axes.imshow(picture, interpolation="nearest")
+        kind = "right, but unsure" if predicted[i] == labels[i] else "misled"
+        below[0].set_title(f"{kind}\ntrue {dataset.classes[labels[i]]}\npredicted {dataset.classes[predicted[i]]} "
+                           f"({confidence[i]:.2f})", fontsize=9, **NAMES)
+    save_figure(figure, folder / "sheet.png")
 
 
 def draw_space(config, model, dataset, split, device):
     """OUT/NAME-show.png: the same misled training images under every fill, every control and three areas.
 
-    The heat is that of the network as it is, so of an untrained one where neither --init nor pretrained weights are
-    used. In the row of control `label` stand other images, since that control draws others. Returns the path. Raises
-    UserError where the network gets too few images wrong.
+    The heat is that of the network as it is, trained or not. In the row of control `label` stand other images, since
+    that control draws others. Returns the path. Raises UserError where the network gets too few images wrong.
     """
     config = config | {"select": "misled", "cam": "gradcam" if config["cam"] == "none" else config["cam"]}
     normalisation = tuple(t.to(device) for t in network.normalisation(config, model))
@@ -189,11 +162,17 @@ def draw_space(config, model, dataset, split, device):
             raise files.UserError(f"--show: no batch of training images has {SPACE_IMAGES} that this network gets "
                                   "wrong; try a larger --batch-size, or a network that is not trained yet")
         lines, rows = _space_lines(config, explain, normalisation, images, labels, logits)
-    names = [f"true {dataset.classes[label]}\npredicted {dataset.classes[predicted]}"
-             for label, predicted in zip(labels[rows].tolist(), logits[rows].argmax(1).tolist())]
-    path = Path(config["out"]) / f"{config['name'] or config['dataset']}-show.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(_space(lines, names), path)
+    figure, grid = panels(1.5 * (len(rows) + 1), 1.5 * len(lines) + 0.6, len(lines), len(rows) + 1)
+    for row, (name, pictures, masks) in zip(grid, lines):
+        row[0].text(0.95, 0.5, name, ha="right", va="center", fontsize=9)
+        for place, axes in enumerate(row[1:]):
+            axes.imshow(pictures[place], interpolation="nearest")
+            if masks is not None and 0 < masks[place].mean() < 1:
+                axes.contour(masks[place], levels=[0.5], colors=[OUTLINE], linewidths=0.6)
+    for axes, label, predicted in zip(grid[0, 1:], labels[rows].tolist(), logits[rows].argmax(1).tolist()):
+        axes.set_title(f"true {dataset.classes[label]}\npredicted {dataset.classes[predicted]}", fontsize=7, **NAMES)
+    path = files.make_folder(config["out"]) / f"{config['name'] or config['dataset']}-show.png"
+    save_figure(figure, path)
     return path
 
 
@@ -209,30 +188,12 @@ def _space_lines(config, explain, normalisation, images, labels, logits):
 
     rows, _, heat, _ = erased({})
     pictures, heat = shown(images[rows], *normalisation), heat.cpu().numpy()
-    lines = [("as they are", pictures, None), ("heat", np.stack(list(map(overlay, pictures, heat))), None)]
+    lines = [("as they are", pictures, None), ("heat", overlay(pictures, heat), None)]
     for key, values in (("fill", proxy.FILLS), ("control", proxy.CONTROLS), ("area", SPACE_AREAS)):
         for value in values:
             _, copies, _, mask = erased({key: value})
             lines.append((f"--{key} {value}", shown(copies.images, *normalisation), mask.cpu().numpy()))
     return lines, rows
-
-
-def _space(lines, names):
-    """A figure with a row of pictures for each line, its name to the left and an outline around what is erased."""
-    figure = Figure((1.5 * (len(names) + 1), 1.5 * len(lines) + 0.6), layout="constrained")
-    grid = figure.subplots(len(lines), len(names) + 1, squeeze=False)
-    for row, (name, pictures, masks) in zip(grid, lines):
-        row[0].text(0.95, 0.5, name, ha="right", va="center", fontsize=9)
-        for place, axes in enumerate(row[1:]):
-            axes.imshow(pictures[place], interpolation="nearest")
-            if masks is not None and 0 < masks[place].mean() < 1:
-                axes.contour(masks[place], levels=[0.5], colors=[OUTLINE], linewidths=0.6)
-        for axes in row:
-            axes.axis("off")
-    for axes, name in zip(grid[0, 1:], names):
-        axes.set_title(name, fontsize=7)
-        plain(axes)
-    return figure
 
 
 def draw_heats(path, file, model, config, classes, methods):
@@ -262,19 +223,10 @@ def draw_heats(path, file, model, config, classes, methods):
     predicted = [f"{classes[c]} ({p:.2f})" for c, p in zip(best.tolist(), confidence.tolist())]
     pictures = [pixels / 255] + [overlay(pixels / 255, heat) for heat in heats]
     titles = ["\n".join([file.name, *predicted])] + [f"{method}\n{predicted[0]}" for method in methods]
-    save_figure(_row_of_heats(pictures, titles, upright.height / upright.width), path)
-
-
-def _row_of_heats(pictures, titles, aspect):
-    """A figure of square pictures in up to five columns, stretched to the image's own height over width."""
-    columns = min(5, len(pictures))
+    columns, aspect = min(5, len(pictures)), upright.height / upright.width
     rows = math.ceil(len(pictures) / columns)
-    figure = Figure((3 * columns, (3 * min(2, aspect) + 0.9) * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels:
-        axes.axis("off")
-    for axes, picture, title in zip(panels, pictures, titles):
+    figure, grid = panels(3 * columns, (3 * min(2, aspect) + 0.9) * rows, rows, columns)
+    for axes, picture, title in zip(grid.flat, pictures, titles):
         axes.imshow(picture, aspect=aspect)  # the network saw a square; people see the image
-        axes.set_title(title, fontsize=9)
-        plain(axes)
-    return figure
+        axes.set_title(title, fontsize=9, **NAMES)
+    save_figure(figure, path)

@@ -46,8 +46,7 @@ def write_predictions(folder, config, model, dataset, split, device):
         ids = split[part.removeprefix("clean_")]
         batches = batches_in_order(config, dataset, ids, device, decoy=not part.startswith("clean_"))
         logits, labels = predict(model, batches, mean, std, device)
-        if not torch.isfinite(logits).all():
-            wrong = torch.nonzero(~torch.isfinite(logits).all(1)).flatten().tolist()
+        if wrong := torch.nonzero(~torch.isfinite(logits).all(1)).flatten().tolist():
             raise files.UserError(
                 f"the network's output is not finite for {len(wrong)} of {len(logits)} {part} images, the first "
                 f"{ids[wrong[0]]!r}: it has diverged. Start anew with a lower --lr", resumable=False)
@@ -55,8 +54,8 @@ def write_predictions(folder, config, model, dataset, split, device):
                    f"{part}_labels": labels.cpu().numpy()}
         if groups:
             arrays[f"{part}_groups"] = as_bytes([groups[i] for i in ids])
-    files.write_arrays(Path(folder) / "predictions.npz",
-                       {**arrays, "seconds": np.array(time.perf_counter() - start)})
+    arrays["seconds"] = np.array(time.perf_counter() - start)
+    files.write_arrays(Path(folder) / "predictions.npz", arrays)
 
 
 def as_bytes(texts):

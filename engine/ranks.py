@@ -23,8 +23,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that all take part in it
 PAUSE = 0.1  # seconds from asking for rank 0's answer to asking again; it may decode a dataset meanwhile
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-
-
 _store, _answers = None, 0
 
 
@@ -63,10 +61,7 @@ def everyone(value):
 
 
 def from_first(function, *arguments):
-    """What rank 0 gets from the function, on every rank; the UserError that it raises is raised everywhere.
-
-    The value has to be plain, as in JSON. The others wait for as long as it takes.
-    """
+    """What rank 0 gets from the function, plain as in JSON, or its UserError, on every rank; the others wait."""
     if RANKS == 1:
         return function(*arguments)
     global _answers
@@ -93,9 +88,7 @@ def wrap(model, device):
 
 
 def share_buffers(model):
-    """Give every rank the batch statistics of rank 0, which are saved. DDP does so before each step, not after the
-    last.
-    """
+    """Give every rank the batch statistics of rank 0, which are saved: DDP does so only before a step."""
     if RANKS > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -110,8 +103,7 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Ends a run between two steps when a signal asks for it, and at once where no steps are taken or at a second
-    signal.
+    """Ends a run when a signal asks for it: between two steps, or at once outside of steps and at a second signal.
 
     The ranks get the signal at different moments and must stop after the same step: in each step they send what they
     have and read what came the step before, so that nobody waits for the answer.

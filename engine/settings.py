@@ -1,5 +1,4 @@
-"""What may be set of a run, and how its settings come together: defaults, the dataset's, the network's, the command
-line's.
+"""What may be set of a run, and how it comes together: defaults, the dataset's, the network's, the command line's.
 
     config = resolve(read_configs(), {"dataset": "asl", "model": "vit_small"})   # every setting, checked
 """
@@ -13,7 +12,6 @@ import cam
 import data
 import proxy
 from engine.files import UserError, nearest, read_json
-from engine.hooks import FROM_END
 from engine.split import PARTS
 
 HERE = Path(__file__).resolve().parent.parent  # the project's folder
@@ -47,19 +45,16 @@ class Setting:
         """The value as it is used, or UserError that names `where` it stood."""
         if value is None and self.optional or value is not None and value == self.word:
             return value
-        right = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value, right = float(value), True
-        if not right:
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not self.kind:
             raise UserError(f"{where}: {json.dumps(value)} is not {WORDS[self.kind]}{' or null' * self.optional}"
                             + (f" or {self.word}" if self.word else ""))
         if self.choices and value not in self.choices:
             raise UserError(f"{where}: unknown {value!r}; expected one of {', '.join(self.choices)}"
                             + nearest(value, self.choices))
-        low, high = self.low, self.high
-        if self.kind in (int, float) and not ((low is None or value >= low) and (high is None or value <= high)):
-            span = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-            raise UserError(f"{where}: {value} is out of range; expected {span}")
+        if self.kind in (int, float) and not self.low <= value <= self.high:
+            raise UserError(f"{where}: {value} is out of range; expected between {self.low:g} and {self.high:g}")
         if self.syntax:
             try:
                 self.syntax(value)
@@ -79,8 +74,7 @@ SETTINGS = {
     "image_size": Setting(int, DATA, "side of the square images (null: as the dataset)", 8, 4096, optional=True),
     "train_fraction": Setting(float, DATA, "share of the training part to train on, stratified", TINY, 1),
     "skip_bad": Setting(bool, DATA, "leave out images that cannot be used; without, they end the run at its start"),
-    "decoy": Setting(bool, DATA, "plant a shortcut: a coloured square in a corner of each image shows its class in "
-                     "training and validation, and another class in the test"),
+    "decoy": Setting(bool, DATA, "plant a shortcut: a coloured corner shows the class, in the test another one"),
     "model": Setting(str, NETWORK, "a short name of configs.json or any timm name"),
     "pretrained": Setting(bool, NETWORK, "start from timm's pretrained weights where it has them"),
     "weights": Setting(str, NETWORK, "start from a local .safetensors or .pth file instead", optional=True),
@@ -119,8 +113,7 @@ SETTINGS = {
                     "within the step, with a new split at each p of --schedule as the published implementation, which "
                     "leaks validation images into training (resplit)", choices=("online", "staged", "resplit")),
     "rounds": Setting(int, STAGED, "of --mode staged: at most so many times it erases and trains again", 0, 1000),
-    "target_accuracy": Setting(float, STAGED, "of --mode staged: validation accuracy that ends it", TINY, 1,
-                               optional=True),
+    "target_accuracy": Setting(float, STAGED, "validation accuracy that ends --mode staged", TINY, 1, optional=True),
     "device": Setting(str, MACHINE, "auto, cpu, cuda, cuda:1, mps"),
     "workers": Setting(int, MACHINE, "processes that decode (null: one a core, 8 at most)", 0, 256, optional=True),
     "cache": Setting(str, MACHINE, "decoded images are kept in this folder; auto: in .cache in --out, where they fit; "
@@ -149,9 +142,8 @@ def option(key):
     return f"--{key.replace('_', '-')}"
 
 
-# --- configs.json: what its entries hold, checked ------------------------------------------------------------------
-# A schema is a type or several, a `Setting`, a function of (value, where), or an object {key: schema}, where "key?" may
-# be missing and "*" stands for any key.
+# A schema of what configs.json holds is a type or several, a `Setting`, a function of (value, where), or an object
+# {key: schema}, where "key?" may be missing and "*" stands for any key.
 
 
 def number(low, high):
@@ -225,10 +217,7 @@ DATASET = {
 
 
 def check(found, schema, where):
-    """A JSON value, checked against a schema; the same object, with whole numbers made floats where these are meant.
-
-    Raises UserError that names the place and what was expected there.
-    """
+    """The value, or the same object, checked, with floats for integers where these are meant; or UserError."""
     if isinstance(schema, Setting):
         return schema.check(found, where)
     if isinstance(schema, dict):
@@ -262,9 +251,6 @@ def read_configs(path=CONFIGS):
     return check(read_json(path, unique_keys=True), schema, Path(path).name)
 
 
-# --- a run's settings ----------------------------------------------------------------------------------------------
-
-
 def resolve(configs, options):
     """Every setting of a run, from weakest to strongest: defaults, the dataset's, the network's, `options`.
 
@@ -281,7 +267,13 @@ def resolve(configs, options):
                         f"{nearest(chosen['dataset'], known)}")
     dataset = known[chosen["dataset"]]
     name = {**chosen, **dataset.get("settings", {}), **options}["model"]
-    model = configs["models"].get(name) or _timm_model(name, configs["models"])
+    model = configs["models"].get(name, {"timm": name})
+    if name not in configs["models"]:
+        import timm
+
+        if not timm.is_model(name):
+            raise UserError(f"unknown model {name!r}; configs.json has {', '.join(configs['models'])}, and timm has "
+                            f"{len(timm.list_models())} more{nearest(name, [*configs['models'], *timm.list_models()])}")
     config = {**configs["defaults"], **dataset.get("settings", {}), **model.get("settings", {}), **options}
     config = {key: config[key] for key in SETTINGS} | {"dataset": chosen["dataset"], "model": name}
     config["image_size"] = config["image_size"] or dataset["image_size"]
@@ -294,15 +286,6 @@ def resolve(configs, options):
     entries = {name: {key: value for key, value in entry.items() if key != "settings"}
                for name, entry in (("dataset_entry", dataset), ("model_entry", model))}
     return {"format": FORMAT} | config | entries
-
-
-def _timm_model(name, short_names):
-    import timm
-
-    if not timm.is_model(name):
-        raise UserError(f"unknown model {name!r}; configs.json has {', '.join(short_names)}, and timm has "
-                        f"{len(timm.list_models())} more{nearest(name, [*short_names, *timm.list_models()])}")
-    return {"timm": name}
 
 
 def _package_folder(name, package):
@@ -344,7 +327,6 @@ def check_agreement(config, options):
 
 
 def _check_schedule(config, options):
-    """The part of `check_agreement` on --schedule, --epochs, --rounds and --mode."""
     text, staged = config["schedule"], config["mode"] == "staged"
     kind, argument = proxy.read_schedule(text)
     if kind == "listed":
@@ -380,10 +362,7 @@ def stage_epochs(config):
 
 
 def differing_settings(config, there):
-    """Settings in which a resolved config and that of a run differ, but for those of the machine and the run's
-    place.
-    """
-    filled_in = {"batch_size": config["batch_size"] == AUTO,
-                 "layer": config["layer"] is None or FROM_END.fullmatch(config["layer"])}  # by the run
-    return [key for key in config
-            if key not in PER_MACHINE and there.get(key) != config[key] and not filled_in.get(key)]
+    """Settings in which a resolved config and that of a run differ, but for PER_MACHINE."""
+    filled = {"batch_size": config["batch_size"] == AUTO,
+              "layer": config["layer"] is None or cam.FROM_END.fullmatch(config["layer"])}  # by the run
+    return [key for key in config if key not in PER_MACHINE and there.get(key) != config[key] and not filled.get(key)]

@@ -39,17 +39,10 @@ def make_split(dataset, rule, seed, train_fraction=1.0, known=None):
             parts |= _draw(dataset, parts["train"], rule, seed, {"val": rule["val"]})
     if known:
         parts = _keep_known(dataset, parts, known)
-    if _has_copies(dataset):  # a copy of a held-out image must not be trained on, whatever the dataset's authors did
-        seen = set()
-        for part in ("test", "val", "train"):
-            parts[part] = [i for i in parts[part] if dataset.digests[i] not in seen]
-            seen |= {dataset.digests[i] for i in parts[part]}
-    _check(dataset, parts)
-    parts["train"] = _fraction(dataset, parts["train"], train_fraction, seed, known or {})
-    return {part: [dataset.ids[i] for i in sorted(parts[part])] for part in PARTS}
-
-
-def _check(dataset, parts):
+    seen = set()  # a copy of a held-out image must not be trained on, whatever the dataset's authors did
+    for part in ("test", "val", "train"):
+        parts[part] = [i for i in parts[part] if dataset.digests[i] not in seen]
+        seen |= {dataset.digests[i] for i in parts[part]}
     held_out = set(dataset.labels[[*parts["val"], *parts["test"]]].tolist())
     if lost := held_out - set(dataset.labels[parts["train"]].tolist()):
         raise UserError(f"dataset {dataset.name}: class {dataset.classes[min(lost)]!r} has no image left to train on.")
@@ -57,23 +50,20 @@ def _check(dataset, parts):
         if not len(parts[part]):
             raise UserError(f"dataset {dataset.name}: no image left for the {part} part. Expected at least three "
                             "different images per class.")
-
-
-def _has_copies(dataset):
-    return len(set(dataset.digests)) < len(dataset)
+    parts["train"] = _fraction(dataset, parts["train"], train_fraction, seed, known or {})
+    return {part: [dataset.ids[i] for i in sorted(parts[part])] for part in PARTS}
 
 
 def _draw(dataset, indices, rule, seed, shares):
     """Deal `indices` out, class by class, into the named shares and the rest, "train"."""
     dealt = {part: [] for part in (*shares, "train")}
-    copies = _has_copies(dataset)
     for label, members in _by_class(dataset, indices):
         if rule["rule"] == "blocks":
             units = [block.tolist() for block in np.array_split(members, min(rule["blocks"], len(members)))]
         else:
             alike = {}
             for i in members.tolist():
-                alike.setdefault(dataset.digests[i] if copies else i, []).append(i)
+                alike.setdefault(dataset.digests[i], []).append(i)
             units = list(alike.values())
         if len(units) <= len(shares):
             raise UserError(f"dataset {dataset.name}: class {dataset.classes[label]!r} has {len(units)} different "
@@ -118,9 +108,7 @@ def redraw(dataset, split, seed, number):
 
 
 def _fraction(dataset, indices, fraction, seed, first):
-    """A stratified `fraction` of `indices`, at least one per class, ids in `first` first; smaller ones lie in larger
-    ones.
-    """
+    """A stratified `fraction` of `indices`, at least one per class, `first` first; smaller ones lie in larger ones."""
     if fraction == 1:
         return indices
     kept = []

@@ -1,6 +1,7 @@
 """What the loop of `train.py` works with: the parts of the data, the network in training, and its checkpoints."""
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -18,7 +19,7 @@ from engine import before, cache, checkpoint, costs, files, metrics, predict, ra
 from engine.chance import stable_seed
 from engine.display import console
 from engine.files import UserError
-from engine.folder import cut_log, read_log
+from engine.folder import read_log
 from engine.loader import Batches
 from engine.network import normalisation, pick_amp
 
@@ -43,15 +44,12 @@ class Stage(NamedTuple):
         """What a staged run adds to an epoch's line in the log."""
         if self.round is None:
             return {}
-        seen = (parts.split["train"][i] in self.copies for i in parts.batches.seen())
+        seen = (parts.split["train"][i] in self.copies for i in parts.batches.order.rows().flat)
         return {"round": self.round, "erased_images": sum(seen)}
 
 
 class Parts:
-    """Training and validation batches, of each epoch. Under --mode resplit they are dealt out anew at each p.
-
-    batches, validation: this process's share, shuffled, and in order.
-    """
+    """This process's share of training and validation batches; under --mode resplit dealt out anew at each p."""
 
     def __init__(self, config, folder, dataset, split, device):
         self.config, self.folder, self.dataset, self.device = config, folder, dataset, device
@@ -67,32 +65,22 @@ class Parts:
                                cache.decoding_workers(config), seed=config["seed"], weights=weights, **share)
         self.validation = predict.batches_in_order(config, self.dataset, split["val"], self.device, **share)
 
-    @property
-    def updates(self):
-        """Optimizer steps of an epoch."""
-        return -(-len(self.batches) // self.config["accumulate"])
-
     def of(self, epoch, first_step):
         """The training batches of an epoch, from a step on."""
         if self.config["mode"] == "resplit":
             rounds = proxy.read_schedule(self.config["schedule"])[1]
             if rounds[epoch]:
-                self.open(draw_new_split(self.config, self.folder, self.dataset, self.split, sum(rounds[: epoch + 1])))
+                number = sum(rounds[: epoch + 1])
+                self.open(split.redraw(self.dataset, self.split, self.config["seed"], number))
+                if ranks.RANK == 0:
+                    files.write_json(self.folder / "split.json", self.split)
+                console.print(f"new split {number}: {metrics.LEAK}", soft_wrap=True)
         self.batches.order.epoch, self.batches.order.start = epoch, first_step
         return self.batches
 
     def notes(self):
         """What an epoch's line in the log says of the parts."""
         return {"warning": metrics.LEAK} if self.config["mode"] == "resplit" else {}
-
-
-def draw_new_split(config, folder, dataset, old, number):
-    """Training and validation images dealt out anew, in memory and in the run's folder."""
-    new = split.redraw(dataset, old, config["seed"], number)
-    if ranks.RANK == 0:
-        files.write_json(folder / "split.json", new)
-    console.print(f"new split {number}: {metrics.LEAK}", soft_wrap=True)
-    return new
 
 
 class Training:
@@ -120,11 +108,8 @@ class Training:
         self.statistics = [b for b in model.buffers() if b.is_floating_point()]
         explain = heat_net = None
         if explained is not None:  # another network is neither trained nor compiled
-            explained = explained.to(device, memory_format=torch.channels_last)
-
-            def heat_net(images):
-                return self.forward(images, explained)
-
+            explained.to(device, memory_format=torch.channels_last)
+            heat_net = functools.partial(self.forward, network=explained)
         if config["cam"] != "none" and config["mode"] != "staged":
             compiled = config["compile"] and explained is None
             explain = cam.CAM(model if explained is None else explained, config["cam"], config["layer"], compiled)
@@ -168,24 +153,17 @@ class Training:
             self.optimizer.step()
         elif not skipped:
             self.optimizer.step()
-        self._keep_finite(skipped)
+        if self.statistics:  # those of batches go back where the step was skipped: what is not finite stays for ever
+            self.kept = torch.where(skipped, self.kept, _flat(self.statistics))
+            parts = self.kept.split([b.numel() for b in self.statistics])
+            torch._foreach_copy_(self.statistics, [part.view_as(b) for part, b in zip(parts, self.statistics)])
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped.append((self.proxy.key[1:], skipped))
         return True, skipped
 
-    def _keep_finite(self, skipped):
-        """Put batch statistics back where the step was skipped: what is not finite in them would stay so for ever."""
-        if self.statistics:
-            self.kept = torch.where(skipped, self.kept, _flat(self.statistics))
-            parts = self.kept.split([b.numel() for b in self.statistics])
-            torch._foreach_copy_(self.statistics, [part.view_as(b) for part, b in zip(parts, self.statistics)])
-
     def skips_in_a_row(self):
-        """(epoch, step) of the first of SKIPS_IN_A_ROW skipped steps, or None; waits for the device.
-
-        A row goes on from one call to the next, for an epoch may have fewer steps.
-        """
+        """(epoch, step) of the first of SKIPS_IN_A_ROW skipped steps, over all calls, or None; waits for the device."""
         steps, flags = zip(*self.skipped) if self.skipped else ((), ())
         self.skipped = []
         for step, skipped in zip(steps, torch.stack(flags).tolist() if flags else ()):
@@ -210,7 +188,8 @@ def set_up(config, folder, parts, model, device, stage):
     classes, share = len(parts.dataset.classes), 1 if config["step"] in proxy.AT_ONCE else proxy.SHARE
     seats = max(1, int(share * parts.batches.order.batch_size))
     explained = before.heat_network(config, classes, folder)
-    t = Training(config, model, device, classes, (stage.end - stage.start) * parts.updates, seats, explained)
+    updates = math.ceil(len(parts.batches) / config["accumulate"])  # of an epoch
+    t = Training(config, model, device, classes, (stage.end - stage.start) * updates, seats, explained)
     t.folder, t.made_with = folder, checkpoint.made_with(config, parts.split)
     return t
 
@@ -227,9 +206,6 @@ def validate(t, batches):
         raise UserError(f"the validation loss is {loss / count}, for the network's output is not finite. "
                         f"{t.folder}/last.pt holds what came before. {START_ANEW}", resumable=False)
     return {"val_loss": loss / count, "val_accuracy": right / count, "eval_seconds": time.perf_counter() - start}
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
 class Interval:
@@ -264,9 +240,7 @@ def check_finite(t, parts):
 
 
 def finish_epoch(t, line):
-    """Log line, best.pt if this was the best epoch, last.pt: in this order, so that after a crash the epoch is
-    repeated.
-    """
+    """Log line, best.pt after the best epoch, last.pt: in this order, so that after a crash the epoch is repeated."""
     if ranks.RANK == 0:
         files.append_line(t.folder / "log.jsonl", line)
         if metrics.best_epoch(read_log(t.folder)) == line["epoch"]:
@@ -296,7 +270,7 @@ def load_last(t, stage):
     path = t.folder / "last.pt"
     state = checkpoint.load_checkpoint(path, t.device) if path.exists() else None
     if ranks.RANK == 0:
-        cut_log(t.folder, state["epoch"] if state else 0)
+        files.cut_lines(t.folder / "log.jsonl", state["epoch"] if state else 0)  # what follows happens again
     if state is None:
         return 0, 0, None
     t.model.load_state_dict(state["model"])

@@ -1,15 +1,12 @@
-"""The end of a report: every run, the images on which arms disagree, and what it takes to make it all again."""
+"""The end of a report: every run, and what it takes to make it all again."""
 
 import shlex
 from pathlib import Path
 
-import numpy as np
-
 from engine import files, settings
-from study import arms, comparison, explain, figures
-from study.figures import Picture, Section, Table, number, points
+from study import arms, figures
+from study.figures import Section, Table, number, points
 
-PICTURES = 6  # test images on which arms disagree most
 FACTS = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "python": "Python", "device": "device",
          "processor": "processor", "threads": "threads", "commit": "commit",
          "uncommitted_changes": "changed since the commit"}
@@ -30,35 +27,6 @@ def the_runs(study):
         figures.curves("loss", study.arms, "train_loss", "training loss"),
         Table("runs", "Every run.", ["arm", "seed", "val %", "test %", "epochs", "seconds", "images", "erased",
                                      "memory MB", "folder"], table)])
-
-
-def disagreements(study):
-    """The test images on which the baseline and the arm that differs most from it disagree most, with both heats."""
-    title, paired, apart = "Where the arms disagree", {}, {}
-    for arm, baseline in study.against.items():
-        found = arms.pairs(study.arms[arm], study.arms[baseline]) if arm != baseline == study.baseline else []
-        if found and found[0][0].split["classes"] == found[0][1].split["classes"]:
-            paired[arm] = found[0]
-            apart[arm] = np.abs(np.subtract(*(comparison.probabilities(run)[1] for run in found[0])))
-    if not paired or not study.heat:
-        return Section(title, "Left out by --no-heat." if paired else "There is nothing to compare.")
-    arm = max(apart, key=lambda name: apart[name].mean())
-    (other, run), lines, words, images = paired[arm], [], [], []
-    chosen = np.argsort(-apart[arm], kind="stable")[:PICTURES]
-    ids, classes = [run.split["test"][i] for i in chosen], run.split["classes"]
-    names = [classes[label] for label in run.found["test_labels"][chosen]]
-    for name, each in ((study.baseline, run), (arm, other)):
-        predicted, sure = each.found["test_logits"][chosen].argmax(1), comparison.probabilities(each)[1][chosen]
-        texts = [(f"predicts {classes[p]}", f"{100 * s:.0f}% {true}") for p, s, true in zip(predicted, sure, names)]
-        heat, pixels = explain.heats(each.folder, ids, study.method, study.device)
-        images.append(pixels.numpy() / 255)
-        lines.append((heat, ["\n".join(line[:22] for line in (name, *text)) for text in texts]))
-        words += [f"{image_id}, {name}: {', '.join(text)}" for image_id, text in zip(ids, texts)]
-    figure = figures.disagreements(images[0], [f"class: {name}" for name in names], lines)
-    return Section(title, f"Seed {run.seed}: the {len(ids)} test images to whose class {study.baseline} and {arm} give "
-                   "the most different probability.", [
-        Picture("disagreements", f"The image; the heat ({study.method}) of what {study.baseline} predicts; and of what "
-                f"{arm} predicts.", figure, "; ".join(words))])
 
 
 def how_made(study):
@@ -83,4 +51,4 @@ def how_made(study):
         Table("settings", "What all runs share.", ["setting", "value"], shared, None)])
 
 
-SECTIONS = (the_runs, disagreements, how_made)
+SECTIONS = (the_runs, how_made)

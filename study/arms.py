@@ -33,26 +33,16 @@ class Result(NamedTuple):
         """Whether each image of a part was recognised, bool [N]."""
         return self.found[f"{part}_logits"].argmax(1) == self.found[f"{part}_labels"]
 
+    def confidence(self):
+        """Probability of the predicted class of each test image, float64 [N]."""
+        return metrics.softmax(self.found["test_logits"]).max(1)
+
 
 def read_result(path):
     """A finished run; UserError where it is none."""
     run = folder.open_finished(path)
     return Result(run.folder, run.config, run.split, run.log, files.read_json(run.folder / "metrics.json"),
                   folder.read_predictions(run.folder))
-
-
-def add_options(parser):
-    """The options that say what is compared, as `arms_asked` reads them."""
-    parser.add_argument("--experiment", metavar="NAME", help="compare the finished runs of experiments/NAME.json")
-    parser.add_argument("--baseline", metavar="ARM", help="compare with this arm (default: the one with --cam none)")
-    parser.add_argument("--by", metavar="KEY,KEY", help="settings to compare, where runs differ in more than one")
-
-
-def arms_asked(options):
-    """The arms of --experiment, or of the runs that were named, and how many runs of the experiment are left."""
-    if options.experiment:
-        return arms_of_experiment(options.experiment, {"out": options.out} if options.out else {})
-    return arms_of_runs(options.runs, options.by.split(",") if options.by else ()), 0
 
 
 def arms_of_experiment(name, given):

@@ -4,12 +4,10 @@ Shares are in [0, 1]; a difference is arm minus baseline.
 """
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from engine import metrics
 from study import faithfulness, statistics
 from study.arms import pairs
 
@@ -17,7 +15,6 @@ PRICES = {"seconds": "train_seconds", "images": "images_seen", "steps": "optimiz
           "memory": "peak_gpu_allocated_mb", "energy": "energy_wh"}
 
 
-@dataclass(eq=False)
 class Study:
     """What a report is made of: arms of finished runs, and how to open their networks.
 
@@ -25,15 +22,9 @@ class Study:
     it is for, and what makes it. heat: whether to use networks and images, on `device`.
     """
 
-    groups: list
-    name: str = ""
-    about: str = ""
-    command: str = ""
-    device: object = None
-    heat: bool = True
-
-    def __post_init__(self):
-        self.baseline = self.groups[0][0]
+    def __init__(self, groups, name="", about="", command="", device=None, heat=True):
+        self.groups, self.name, self.about, self.command = groups, name, about, command
+        self.device, self.heat, self.baseline = device, heat, groups[0][0]
         self.arms = {arm: runs for _, group in self.groups for arm, runs in group.items()}
         self.against = {arm: baseline for baseline, group in self.groups for arm in group}
         self.results = [(arm, runs[seed]) for arm, runs in self.arms.items() for seed in sorted(runs)]
@@ -51,68 +42,55 @@ class Study:
 
 
 def compare(arms, baseline, part="test"):
-    """The accuracy of every arm beside the baseline's, on one part of the split: a dict per arm, the baseline first.
-
-    Keys: arm, seeds, mean, spread (standard deviation over seeds); and for all but the baseline pairs, difference,
-    interval, p (permutation, over seeds), p_holm, effect (Cohen's d_z), needed (seeds that would resolve half a point),
-    alike (right and wrong on the same images), says, price ({name: ratio to the baseline, or None}).
+    """The accuracy of every arm beside the baseline's, on one part of the split: as `compare_values`, and for all but
+    the baseline needed (seeds that would resolve half a point), alike (right and wrong on the same images), says, price
+    ({name: ratio to the baseline, or None}).
     """
-    rows = _means({arm: {s: run.correct(part) for s, run in runs.items()} for arm, runs in arms.items()}, baseline)
+    right = {arm: {seed: run.correct(part) for seed, run in runs.items()} for arm, runs in arms.items()}
+    paired = {arm: pairs(runs, arms[baseline]) for arm, runs in arms.items()}
+    shared = {arm for arm, found in paired.items()
+              if len(found) > 1 and all(b.split["test"] == found[0][1].split["test"] for _, b in found)}
+    rows = compare_values(right, baseline, shared)
+    count = sum("p" in row for row in rows)
     for row in rows[1:]:
-        paired = pairs(arms[row["arm"]], arms[baseline])
-        if not paired:
+        found = paired[row["arm"]]
+        if not found:
             row |= {"pairs": 0, "says": "no seed in common with the baseline"}
             continue
-        found = [a.correct(part).astype(np.int8) - b.correct(part).astype(np.int8) for a, b in paired]
-        shared = len(paired) > 1 and all(b.split["test"] == paired[0][1].split["test"] for _, b in paired)
-        needed = statistics.seeds_to_resolve(np.std([d.mean() for d in found], ddof=1)) if len(paired) > 1 else None
-        row |= _against(found, shared) | {"needed": needed, "alike": not any(d.any() for d in found),
-                                          "price": price(paired)}
-    compared = _correct(rows)
-    for row in compared:
-        row["says"] = say(row, len(compared))
+        row["alike"] = all(np.array_equal(a.correct(part), b.correct(part)) for a, b in found)
+        row["needed"] = statistics.seeds_to_resolve(row["deviation"]) if len(found) > 1 else None
+        row |= {"says": say(row, count), "price": price(found)}
     return rows
 
 
-def compare_values(values, baseline):
-    """As `compare`, of any figure that each image of a run has; without needed, alike, says and price.
+def compare_values(values, baseline, shared=()):
+    """Any figure that each image of a run has, of every arm beside the baseline's: a dict per arm, the baseline first.
 
-    values: {arm: {seed: float [N]}}; the same seed has the same images in every arm.
+    Keys: arm, seeds, mean, spread (standard deviation over seeds); and for arms that share seeds with the baseline
+    pairs, difference, deviation (of the seeds' differences), interval, p (permutation, over seeds), p_holm, effect
+    (Cohen's d_z). values: {arm: {seed: bool or float [N]}}; a seed has the same images in every arm. shared: arms whose
+    seeds all have the same images.
     """
-    rows = _means(values, baseline)
-    for row in rows[1:]:
-        arm, base = values[row["arm"]], values[baseline]
-        if seeds := sorted(set(arm) & set(base)):
-            row |= _against([arm[seed].astype(np.float64) - base[seed] for seed in seeds], False)
-    _correct(rows)
-    return rows
-
-
-def _means(values, baseline):
-    """A row for each arm, the baseline first: mean and spread over seeds of {arm: {seed: [N]}}."""
     rows = []
     for arm in [baseline, *(arm for arm in values if arm != baseline)]:
         means = [each.mean() for each in values[arm].values()]
-        rows.append({"arm": arm, "seeds": len(means), "mean": float(np.mean(means)),
-                     "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None})
-    return rows
-
-
-def _against(found, shared):
-    """What `compare` has of differences: S arrays [N_s]. shared: as in `statistics.bootstrap_interval`."""
-    differences = np.array([d.mean() for d in found])
-    spread = differences.std(ddof=1) if len(found) > 1 else 0
-    return {"pairs": len(found), "difference": float(differences.mean()),
-            "interval": statistics.bootstrap_interval(found, shared), "p": statistics.permutation_p(differences),
-            "effect": float(differences.mean() / spread) if spread else None}
-
-
-def _correct(rows):
-    """Set p_holm of the rows that were compared, and return these."""
+        row = {"arm": arm, "seeds": len(means), "mean": float(np.mean(means)),
+               "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None}
+        rows.append(row)
+        seeds = sorted(set(values[arm]) & set(values[baseline]))
+        if arm == baseline or not seeds:
+            continue
+        kind = np.int8 if values[arm][seeds[0]].dtype == bool else np.float64
+        found = [values[arm][seed].astype(kind) - values[baseline][seed] for seed in seeds]
+        gains = np.array([each.mean() for each in found])
+        deviation = gains.std(ddof=1) if len(gains) > 1 else None
+        row |= {"pairs": len(gains), "difference": float(gains.mean()), "deviation": deviation,
+                "interval": statistics.bootstrap_interval(found, arm in shared),
+                "p": statistics.permutation_p(gains), "effect": float(gains.mean() / deviation) if deviation else None}
     compared = [row for row in rows if "p" in row]
     for row, p in zip(compared, statistics.holm([row["p"] for row in compared])):
         row["p_holm"] = p
-    return compared
+    return rows
 
 
 def say(row, arms=1):
@@ -141,14 +119,9 @@ def price(paired):
     return found
 
 
-# --- what the questions ask besides accuracy -----------------------------------------------------------------------
-
-
 def reached(arms, baseline):
-    """When each run first reached the best validation accuracy of the baseline's run of its seed.
-
-    Returns {arm: [{"seed", "epochs", "images", "seconds"}]}, with None where a run never did. Images and seconds are
-    those of training, since the run began.
+    """When each run first reached the best validation accuracy of the baseline's run of its seed, of training since the
+    run began: {arm: [{"seed", "epochs", "images", "seconds"}]}, None where it never did.
     """
     found = {}
     for arm, runs in arms.items():
@@ -171,22 +144,9 @@ def by_fraction(results):
     return {kind: dict(sorted(values.items())) for kind, values in found.items()}
 
 
-def worst_groups(study):
-    """{arm: (accuracies in the worst group, Sagawa et al. 2020, and their gains over the baseline)}, each [seeds]."""
-    worst, found = {}, {}
-    for arm, run in study.results:
-        worst.setdefault(arm, {})[run.seed] = run.metrics["test"]["worst_group"]
-    for arm, each in worst.items():
-        base = worst[study.against[arm]] if study.against[arm] != arm else {}
-        found[arm] = np.array(list(each.values())), np.array([each[seed] - base[seed] for seed in each if seed in base])
-    return found
-
-
 def added_classes(arms):
-    """Arms that started from a run on fewer classes, and beside them those that learnt all classes at once.
-
-    Returns two {arm: {seed: Result}}, as `old_and_new` takes them: these, and the runs on the first classes. Both are
-    empty where no class was added.
+    """Two {arm: {seed: Result}} for `old_and_new`: arms that started from a run on fewer classes, and those that learnt
+    all classes at once; and their runs on the first classes. Both are empty where no class was added.
     """
     by_folder = {Path(run.folder).resolve(): run for runs in arms.values() for run in runs.values()}
     later, first = {}, {}
@@ -205,11 +165,10 @@ def added_classes(arms):
 
 
 def old_and_new(arms, first):
-    """What continual learning kept and learned: accuracies on the first run's classes and on the others.
+    """Accuracies on the first run's classes and on those added: {arm: [{"seed", "old", "new", "forgotten"}]}.
 
-    arms, first: {arm: {seed: Result}}, runs on all classes and on the first ones, as of `added_classes`. Returns
-    {arm: [{"seed", "old", "new", "forgotten"}]}; forgotten: accuracy of the first run on the test images that both
-    have, minus that after, or None.
+    forgotten: accuracy of the first run on the test images that both have, minus that after, or None. arms, first:
+    {arm: {seed: Result}}, of `added_classes`.
     """
     found = {}
     for arm, runs in arms.items():
@@ -225,12 +184,6 @@ def old_and_new(arms, first):
     return found
 
 
-def probabilities(run):
-    """A run's probabilities on the test images, each [N]: of the predicted class, and of the true class."""
-    shares, labels = metrics.softmax(run.found["test_logits"]), run.found["test_labels"]
-    return shares.max(1), shares[np.arange(len(labels)), labels]
-
-
 def misled_confidence(arm, baseline):
     """Of the test images that misled the baseline: its confidence, the arm's, and whether the arm is right there, [N].
 
@@ -239,6 +192,6 @@ def misled_confidence(arm, baseline):
     found = []
     for a, b in pairs(arm, baseline):
         wrong = ~b.correct("test")
-        found.append([probabilities(b)[0][wrong], probabilities(a)[0][wrong], a.correct("test")[wrong]])
+        found.append([b.confidence()[wrong], a.confidence()[wrong], a.correct("test")[wrong]])
     joined = [np.concatenate(parts) for parts in zip(*found)]
     return joined if joined and len(joined[0]) else None

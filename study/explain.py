@@ -11,7 +11,6 @@ measures.
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +36,18 @@ BETTER = {"deletion": "lower is better", "insertion": "higher", "drop": "lower",
           "inside": "share of the heat on the {mask}", "covered": "what chance would give"}
 
 
-# --- a run's network and images ------------------------------------------------------------------------------------
-
-
-@dataclass
 class Images:
     """Images of a run, and its network in eval mode, on one device. normalisation: (mean, std), each [1, 3, 1, 1]."""
 
-    run: folder.Run
-    dataset: object
-    model: torch.nn.Module
-    normalisation: tuple
-    ids: list
-    batches: loader.Batches
+    def __init__(self, run, ids, device):
+        self.run, self.ids, self.dataset, self.model = run, ids, run.dataset(), run.network().to(device)
+        self.normalisation = tuple(t.to(device) for t in network.normalisation(run.config, self.model))
+        if self.dataset.pixels is None:
+            cache.open_pixels(self.dataset, run.config, build=False)
+        size = run.config["image_size"]
+        at_once = max(1, min(EXPLAINED, PIXELS_AT_ONCE // size**2))
+        workers = cache.decoding_workers(run.config)
+        self.batches = loader.Batches(self.dataset, ids, size, at_once, device, workers)
 
     def __iter__(self):
         """Batches: images [B, 3, H, W], normalised; labels [B]; pixels, uint8 [B, 3, H, W]; places [B] in the data."""
@@ -58,17 +56,6 @@ class Images:
             places = self.batches.indices[done:done + len(pixels)]
             yield loader.prepare(pixels, *self.normalisation), labels.to(pixels.device), pixels, places
             done += len(pixels)
-
-
-def open_images(run, ids, device):
-    """The images `ids` of a run, and its network, as `Images`."""
-    config, dataset, model = run.config, run.dataset(), run.network().to(device)
-    if dataset.pixels is None:
-        cache.open_pixels(dataset, config, build=False)
-    at_once = max(1, min(EXPLAINED, PIXELS_AT_ONCE // config["image_size"] ** 2))
-    batches = loader.Batches(dataset, ids, config["image_size"], at_once, device, cache.decoding_workers(config))
-    normalisation = tuple(t.to(device) for t in network.normalisation(config, model))
-    return Images(run, dataset, model, normalisation, ids, batches)
 
 
 def drawn(run, part, key, most):
@@ -82,16 +69,10 @@ def own_layer(config):
 
 
 def heats(path, ids, method, device):
-    """Heat [N, H, W] of a run's predicted classes in images `ids`, and these, uint8 [N, H, W, 3], on the CPU."""
-    opened = open_images(folder.open_run(path), ids, device)
-    layer, found = own_layer(opened.run.config), []
-    for images, _, pixels, _ in opened:
-        heat, _ = faithfulness.heat_of(opened.model, images, method, layer)
-        found.append((heat.cpu(), pixels.cpu().permute(0, 2, 3, 1)))
-    return tuple(map(torch.cat, zip(*found)))
-
-
-# --- a CNN's heat and a ViT's attention ----------------------------------------------------------------------------
+    """Heat [N, H, W] of what a run's network predicts for the images `ids`, on the CPU."""
+    opened = Images(folder.open_run(path), ids, device)
+    layer = own_layer(opened.run.config)
+    return torch.cat([faithfulness.heat_of(opened.model, images, method, layer)[0].cpu() for images, *_ in opened])
 
 
 def attends(result):
@@ -111,7 +92,7 @@ def likeness(a, method_a, b, method_b, device, ids=None):
     a, b: `arms.Result`. ids: the images; by default EXPLAINED of a's test images.
     """
     ids = ids or drawn(a, "test", "explained", EXPLAINED)
-    one, two = heats(a.folder, ids, method_a, device)[0], heats(b.folder, ids, method_b, device)[0]
+    one, two = heats(a.folder, ids, method_a, device), heats(b.folder, ids, method_b, device)
     if one.shape != two.shape:
         two = F.interpolate(two[:, None], one.shape[1:], mode="bilinear")[:, 0]
     return {"correlation": faithfulness.rank_correlation(one, two).numpy(),
@@ -119,10 +100,8 @@ def likeness(a, method_a, b, method_b, device, ids=None):
 
 
 def references(cnn, vit, method, device):
-    """What the likeness of a CNN and a ViT is to be compared with: two lists of `likeness`.
-
-    Of two seeds of one CNN, on test images that both have, so that neither was trained on them; and of a Gaussian in
-    the middle of the image with the ViT. cnn, vit: {seed: Result}. method: of the CNN's heat.
+    """What the likeness of a CNN and a ViT is compared with, as two lists of `likeness`: of seeds of the CNN, on test
+    images that both have; and of a Gaussian in the middle of the image with the ViT. cnn, vit: {seed: Result}.
     """
     runs, two_seeds = [cnn[seed] for seed in sorted(cnn)], []
     for a, b in zip(runs, runs[1:]):
@@ -130,9 +109,6 @@ def references(cnn, vit, method, device):
         if both := [image_id for image_id in a.split["test"] if image_id in theirs][:EXPLAINED]:
             two_seeds.append(likeness(a, method, b, method, device, both))
     return two_seeds, [likeness(run, "center", run, "rollout", device) for run in vit.values()]
-
-
-# --- deletion, insertion, ROAD … -----------------------------------------------------------------------------------
 
 
 def write_explanations(path, method=None, device=torch.device("cpu")):
@@ -145,7 +121,7 @@ def write_explanations(path, method=None, device=torch.device("cpu")):
     method, file = method or faithfulness.other_method({run.config["cam"]}), run.folder / "explanations.npz"
     if file.exists() and (there := files.read_arrays(file))["method"] == method.encode():
         return {name: there[name] for name in there if name not in ("method", "ids", "mask")}
-    opened, measured = open_images(run, drawn(run, "test", "explained", EXPLAINED), device), []
+    opened, measured = Images(run, drawn(run, "test", "explained", EXPLAINED), device), []
     for number, (images, _, pixels, places) in enumerate(opened):
         name, mask = decoy.masks_of(opened.dataset, places, pixels)
         measured.append(faithfulness.measure(opened.model, images, method, own_layer(run.config), mask,
@@ -167,24 +143,19 @@ def describe_explanations(path):
     return f"{path}: the heat of {found['method']} on {found['images']} test images\n{table}"
 
 
-# --- few pixels ----------------------------------------------------------------------------------------------------
-
-
 def write_leaning(path, device=torch.device("cpu")):
     """Whether a finished run's network depends on few pixels, by `faithfulness.leaning` on its validation images.
 
-    Into leaning.json, and returned: images; "right", their share that is right as they are; "ways": for each of
-    `faithfulness.WAYS` that has a layer in the network "cam", "explain" and "layer", the shares that are right without
-    the hottest pixels and without as many at a random place ("hottest", "random"), "gap", random minus hottest, and
-    "interval", its 95% interval over images. The way with the largest gap comes first. What is there is not measured
-    again.
+    Into leaning.json, and returned: images; right, their share; ways: for each of `faithfulness.WAYS` that has a layer
+    in the network cam, explain, layer, the shares of `leaning`, gap (random minus hottest), and interval, its 95%
+    interval over images; the largest gap first. What is there is not measured again.
     """
     run = folder.open_run(path)
     file = run.folder / "leaning.json"
     there = files.read_json(file) if file.exists() else {}
     if "ways" in there and {tuple(way[key] for key in WAY) for way in there["ways"]} <= set(faithfulness.WAYS):
         return there
-    opened, ways, reason = open_images(run, drawn(run, "val", "leaning", LEANING), device), [], None
+    opened, ways, reason = Images(run, drawn(run, "val", "leaning", LEANING), device), [], None
     for way in faithfulness.WAYS:
         try:
             found = [faithfulness.leaning(opened.model, images, labels, opened.normalisation, way,
@@ -212,25 +183,20 @@ def describe_leaning(path, found):
     table = as_text(["method", "layer", "explained", "hottest %", "random %", "costs", "95% interval"], rows)
     answer = f"It depends on few pixels, as on a shortcut: train with {UNLEARN}"
     if found["ways"][0]["gap"] <= faithfulness.SHORTCUT:
-        answer = (f"It does not depend on few pixels, which would cost more than {100 * faithfulness.SHORTCUT:g} "
-                  "points: no shortcut is found")
+        answer = f"It does not depend on few pixels: they cost no more than {100 * faithfulness.SHORTCUT:g} points"
     return (f"{path}: of {found['images']} validation images {100 * found['right']:.1f}% are right. With {AREA} of "
             f"their pixels as noise, the hottest or as many at a random place:\n{table}\n{answer}")
 
 
-# --- the planted square, or the object -----------------------------------------------------------------------------
-
-
 def write_where(path, methods, layer=None, device=torch.device("cpu")):
-    """How much of a run's planted squares, or of the object, each way of explaining finds on its validation images.
+    """How much of a run's planted squares, or of the object, heat finds on its validation images: `faithfulness.where`.
 
-    By `faithfulness.where`. methods: CAM methods. layer: to explain; None for the run's own or the rule's. Adds to
-    where.json a row for each method, layer and explained score, and returns those asked for: means over the images, and
-    "worst_class", `erased` in the class where it is least. A network can learn the square of one class and tell the
-    other by its absence; then no heat finds the other's. Raises UserError where it is not known where heat should lie.
+    layer: None for the run's own or the rule's. Adds to where.json a row for each method, layer and explained score,
+    and returns these: means over the images, and worst_class, `erased` in the class where it is least: a network can
+    tell a class by the absence of the others' squares. Raises UserError where it is not known where heat should lie.
     """
     run = folder.open_run(path)
-    opened, layer = open_images(run, drawn(run, "val", "where", LEANING), device), layer or own_layer(run.config)
+    opened, layer = Images(run, drawn(run, "val", "where", LEANING), device), layer or own_layer(run.config)
     parts, labels, rows = [], [], []
     for images, classes, pixels, places in opened:
         name, mask = decoy.masks_of(opened.dataset, places, pixels)
@@ -282,9 +248,6 @@ def describe_where(path, rows):
                      "hottest pixel on it %", "heat on it %"], cells)
     return (f"{path}: of the {rows[0]['mask']} in {rows[0]['images']} validation images, "
             f"{100 * rows[0]['covered']:.1f}% of their pixels\n{table}")
-
-
-# --- the command line ----------------------------------------------------------------------------------------------
 
 
 def parse(arguments):

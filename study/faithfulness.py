@@ -1,7 +1,7 @@
 """How good is an explanation? What a network's probability does as hot pixels are taken away, where the heat lies, and
 whether a network depends on few pixels. `study/explain.py` measures it for runs.
 
-Everything takes whole batches on their device. images: [N, 3, H, W] float32, normalised. heat: [N, H, W] in [0, 1], at
+Everything takes batches on their device. images: [N, 3, H, W] float32, normalised. heat: [N, H, W] in [0, 1], at
 the images' size. classes: int64 [N], whose probability is watched. mask: bool [N, H, W]. "Taken away" is 0, the mean
 colour, for deletion, a blurred image for insertion, and what is around it for ROAD. A model is in eval mode.
 """
@@ -23,7 +23,7 @@ ROAD_NOISE = 0.01  # its noise, on normalised images
 SOLVER_STEPS, SOLVER_ERROR = 2000, 1e-3  # which leaves an error of about the noise, root mean square
 COARSEST = 8  # pixels a side, where solving starts
 ROUNDING = 2e-7  # of an image's size: a residual below it is none
-HOTTEST = 0.2  # a fifth of the pixels, of which two heats' intersection over union is taken
+HOTTEST = 0.2  # share of the pixels, of `overlap`
 
 
 @torch.no_grad()
@@ -38,8 +38,7 @@ def ranks_of(heat, *key):
     chance = torch.rand(flat.shape, generator=torch_generator("cpu", "ranks", *key)).to(flat.device)
     order = chance.argsort(1)
     order = order.gather(1, flat.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places).view(heat.shape)
+    return order.argsort(1).view(heat.shape)
 
 
 def curve(model, start, end, ranks, classes):
@@ -47,11 +46,6 @@ def curve(model, start, end, ranks, classes):
     pixels = ranks[0].numel()
     return torch.stack([probability(model, torch.where((ranks < pixels * k // STEPS)[:, None], end, start), classes)
                         for k in range(STEPS + 1)], 1)
-
-
-def area_under(values):
-    """Mean of curves [N, STEPS + 1] by the trapezoid rule, [N]."""
-    return (values[:, 1:] + values[:, :-1]).mean(1) / 2
 
 
 def deletion(model, images, ranks, classes):
@@ -73,8 +67,6 @@ def drop_and_increase(model, images, heat, classes):
     return (before - after).clamp_min(0) / before, after > before
 
 
-# --- ROAD ----------------------------------------------------------------------------------------------------------
-
 _NEAR = torch.tensor([[1 / 12, 1 / 6, 1 / 12], [1 / 6, 0.0, 1 / 6], [1 / 12, 1 / 6, 1 / 12]])  # weights of neighbours
 
 
@@ -82,7 +74,7 @@ def impute(images, missing, *key, noise=ROAD_NOISE, error=SOLVER_ERROR):
     """Missing pixels as weighted means of their neighbours, and a little noise: Rong et al. 2022 (ROAD), section 4.2.
 
     missing: bool [N, H, W]. One linear system per image, symmetric and positive definite, solved by conjugate gradients
-    for the whole batch, until the residual is `error` of its right side. Where all pixels are missing they become 0.
+    for the batch at once, until the residual is `error` of its right side. Where all pixels are missing they become 0.
     """
     filled = _solve(images, missing[:, None].to(images.dtype), error)
     grain = torch.randn(images.shape, generator=torch_generator("cpu", "road", *key)).to(images) * noise
@@ -90,8 +82,12 @@ def impute(images, missing, *key, noise=ROAD_NOISE, error=SOLVER_ERROR):
 
 
 def _solve(images, unknown, error):
-    """What `impute` puts at the pixels where unknown [N, 1, H, W] is 1; 0 elsewhere."""
-    planes = images.shape[0] * images.shape[1]
+    """What `impute` puts at the pixels where unknown [N, 1, H, W] is 1; 0 elsewhere.
+
+    Conjugate gradients mend what is fine in a few steps and what is broad in very many. So they start from the solution
+    at half the size, at the coarsest from the mean: at 224 pixels in an eighth of the time (half missing, error 1e-3).
+    """
+    planes, known = images.shape[0] * images.shape[1], 1 - unknown
     weights = _NEAR.to(images).expand(planes, 1, 3, 3)
 
     def near(x):  # planes as the channels of one image: 15 times faster on a CPU than 3 channels of many
@@ -102,23 +98,14 @@ def _solve(images, unknown, error):
     def apply(x):
         return torch.addcmul(around * x, unknown, near(x), value=-1)
 
-    start = _start(images, unknown, error)
-    return _conjugate_gradients(apply, start, unknown * near((1 - unknown) * images), images, error)
-
-
-def _start(images, unknown, error):
-    """The solution at half the size, or at the coarsest the mean of what is known.
-
-    Conjugate gradients mend what is fine in a few steps and what is broad in very many, and the smaller image has that
-    right. At 224 pixels it takes an eighth of the time (half missing, error 1e-3) and comes nearer.
-    """
-    known = 1 - unknown
     if min(images.shape[-2:]) < 2 * COARSEST:
-        return unknown * (known * images).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp_min(1)
-    part = F.avg_pool2d(known, 2, ceil_mode=True)
-    half = F.avg_pool2d(known * images, 2, ceil_mode=True) / part.clamp_min(0.1)  # of 4 pixels one is known, or none
-    half = half + _solve(half, (part == 0).to(images.dtype), error)
-    return unknown * F.interpolate(half, images.shape[-2:], mode="bilinear")
+        start = (known * images).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp_min(1)
+    else:
+        part = F.avg_pool2d(known, 2, ceil_mode=True)
+        half = F.avg_pool2d(known * images, 2, ceil_mode=True) / part.clamp_min(0.1)  # of 4 one is known, or none
+        half = half + _solve(half, (part == 0).to(images.dtype), error)
+        start = F.interpolate(half, images.shape[-2:], mode="bilinear")
+    return _conjugate_gradients(apply, unknown * start, unknown * near(known * images), images, error)
 
 
 def _conjugate_gradients(apply, x, right, images, error):
@@ -156,22 +143,14 @@ def road(model, images, ranks, classes, *key, noise=ROAD_NOISE):
     return tuple(found)
 
 
-# --- where the heat lies -------------------------------------------------------------------------------------------
-
-
-def pointing(heat, mask):
-    """Whether the hottest pixel lies inside the mask, bool [N]: the pointing game, Zhang et al. 2018."""
-    return mask.flatten(1).gather(1, heat.flatten(1).argmax(1, keepdim=True))[:, 0]
-
-
-def share_inside(heat, mask):
-    """Share of the heat that lies inside the mask, [N]; 0 where there is no heat."""
-    return (heat * mask).sum((1, 2)) / heat.sum((1, 2)).clamp_min(torch.finfo(heat.dtype).tiny)
-
-
 def lies(heat, mask):
-    """{name: [N]}: `pointing`, `share_inside`, and "covered", the mask's share of the pixels, as chance would give."""
-    return {"pointing": pointing(heat, mask).float(), "inside": share_inside(heat, mask),
+    """Where the heat lies: {name: float [N]}.
+
+    pointing: whether the hottest pixel is inside the mask, the pointing game, Zhang et al. 2018. inside: the share of
+    the heat that is, 0 where there is no heat. covered: the mask's share of the pixels, as chance would give.
+    """
+    return {"pointing": mask.flatten(1).gather(1, heat.flatten(1).argmax(1, keepdim=True))[:, 0].float(),
+            "inside": (heat * mask).sum((1, 2)) / heat.sum((1, 2)).clamp_min(torch.finfo(heat.dtype).tiny),
             "covered": mask.float().mean((1, 2))}
 
 
@@ -182,14 +161,11 @@ def rank_correlation(a, b):
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(torch.finfo(a.dtype).tiny)
 
 
-def overlap(a, b, share=HOTTEST):
-    """Intersection over union of the hottest `share` of the pixels of two heats, [N]."""
-    count = round(share * a[0].numel())
+def overlap(a, b):
+    """Intersection over union of the hottest fifth of the pixels of two heats, [N]."""
+    count = round(HOTTEST * a[0].numel())
     a, b = (ranks_of(heat, "overlap") < count for heat in (a, b))
     return (a & b).sum((1, 2)) / (a | b).sum((1, 2))
-
-
-# --- all of it for one batch ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -230,13 +206,11 @@ def measure(model, images, method, layer, mask=None, key=()):
     shuffled = randomised(model, torch.Generator().manual_seed(stable_seed("randomised", *key)))
     other, _ = heat_of(shuffled, images, method, layer, classes)
     down, up = deletion(model, images, ranks, classes), insertion(model, images, ranks, classes)
-    found = {"deletion": area_under(down), "insertion": area_under(up), "deletion_curve": down, "insertion_curve": up,
-             "drop": drop, "increase": increase.float(), "road": (cool - hot).mean(1) / 2,
-             "sensitivity": 1 - rank_correlation(heat, other).float()}
+    found = {"deletion": torch.trapezoid(down, dx=1 / STEPS), "insertion": torch.trapezoid(up, dx=1 / STEPS),
+             "deletion_curve": down, "insertion_curve": up, "drop": drop, "increase": increase.float(),
+             "road": (cool - hot).mean(1) / 2, "sensitivity": 1 - rank_correlation(heat, other).float()}
     return found if mask is None else found | lies(heat, mask)
 
-
-# --- does it depend on few pixels? ---------------------------------------------------------------------------------
 
 FEW = 0.05  # of an image's pixels
 # A shortcut is found where the hottest of these cost so much more accuracy than as many others: midway between what
@@ -249,13 +223,12 @@ WAYS = (("gradcam", "predicted", None), ("elementwise", "margin", "-2"))
 
 
 def leaning(model, images, labels, normalisation, way=WAYS[0], key=()):
-    """Which images a network gets right: as they are, with the hottest FEW of their pixels as noise, and with the
-    same shape as noise at a random place: three bool [N], "right", "hottest" and "random".
+    """Which images a network gets right, three bool [N]: as they are ("right"), with the hottest FEW of their pixels as
+    noise ("hottest"), and with the same shape as noise at a random place ("random").
 
     Where "hottest" is lost and "random" is not, the network recognises the image by a few pixels in one place, as it
-    does by a shortcut; an object leaves enough to be recognised by. It takes validation images, to which a shortcut
-    tells the truth, and no others. The erasing is the training step's own. way: as in WAYS; one that does not find what
-    the network goes by loses nothing, so the way that loses most is the one to train with. labels: int64 [N].
+    does by a shortcut; an object leaves enough to be recognised by. way: of WAYS; one that does not find what the
+    network goes by loses nothing, so the way that loses most is the one to train with. labels: int64 [N].
     normalisation: (mean, std), each [1, 3, 1, 1]. Raises ValueError where the way fits no layer.
     """
     method, score, layer = way
@@ -276,8 +249,8 @@ def leaning(model, images, labels, normalisation, way=WAYS[0], key=()):
 def where(model, images, labels, mask, methods, layer):
     """How well each way of explaining finds what the mask covers: {(method, key of cam.EXPLAIN): {name: float [N]}}.
 
-    erased: the share of the mask among the hottest FEW of the pixels, so much of a shortcut the training step
-    would erase; and what `lies` gives. labels: int64 [N]. mask: bool [N, H, W], not empty.
+    erased: the share of the mask among the hottest FEW of the pixels; and what `lies` gives. labels: int64 [N]. mask:
+    not empty.
     """
     found = {}
     for method in methods:

@@ -7,21 +7,21 @@ and each table and picture into files of its own.
 import base64
 import csv
 import io
-from dataclasses import dataclass, field
+from collections import namedtuple
 from pathlib import Path
 
 import jinja2
 import numpy as np
-import torch.nn.functional as F
+from matplotlib import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from engine import files, pictures
+from engine import files
 from study import statistics
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, darkest first.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c8c8c")
-MARKERS, LINES = "osD^vP*X", ("-", "--", ":")
+STYLES = cycler(linestyle=("-", "--", ":")) * (cycler(color=COLOURS) + cycler(marker=list("osD^vP*X")))  # an arm's each
 BANDS = 6  # more arms would hide each other behind their bands: their lines alone
 MEASURES = {"deletion": "deletion, area (lower is better)", "insertion": "insertion, area (higher)",
             "drop": "drop in confidence (lower)", "increase": "increase in confidence (higher)",
@@ -31,34 +31,10 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}", "<"
          ">": r"\textgreater{}", "–": "--", **{c: "\\" + c for c in "{}$&#%_"}}
 
 
-@dataclass
-class Table:
-    """Rows of texts and numbers under a header. arm: the column that names the arm, or None."""
-
-    name: str
-    caption: str
-    header: list
-    rows: list
-    arm: int | None = 0
-
-
-@dataclass
-class Picture:
-    """A figure, and what it shows in words for those who cannot see it."""
-
-    name: str
-    caption: str
-    figure: Figure
-    alternative: str
-
-
-@dataclass
-class Section:
-    """A question, its answer in a sentence or two, and the tables and pictures that show it."""
-
-    title: str
-    answer: str
-    parts: list = field(default_factory=list)
+# The parts of a report. Table.arm: the column that names the arm, or None. Picture.alternative: the figure in words.
+Table = namedtuple("Table", "name caption header rows arm", defaults=[0])
+Picture = namedtuple("Picture", "name caption figure alternative")
+Section = namedtuple("Section", "title answer parts", defaults=[()])  # a question, its answer, tables and pictures
 
 
 def points(value, digits=2, sign=False):
@@ -85,28 +61,14 @@ def own_span(values):
     return number(np.mean([each.mean() for each in values])), f"its own: {low:.3f} to {high:.3f}"
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
-
-
-def style_of(arm, arms):
-    """Colour, marker and line of an arm among all."""
-    place = list(arms).index(arm)
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)],
-            "linestyle": LINES[place // len(COLOURS) % len(LINES)]}
-
-
 def legend(axes):
-    """A legend in as many columns as keep it low. Names are shown as they are, also where they hold dollar signs."""
+    """A legend in as many columns as keep it low; a dollar sign in a name starts no formula."""
     made = axes.legend(fontsize=8, ncols=1 + len(axes.get_legend_handles_labels()[1]) // 12)
     for text in made.get_texts():
         text.set_parse_math(False)
 
 
-def band(axes, x, low, high, colour):
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def dots(name, caption, rows, label, scale=100.0, unit=" points"):
+def dots(name, rows, label, scale=100.0, unit=" points"):
     """[the Picture of differences to the baseline with their 95% intervals, an arm per line]; none without differences.
 
     rows: of `comparison.compare`. label: of the axis, in which a difference of 1 is `scale`. unit: of the words.
@@ -116,6 +78,7 @@ def dots(name, caption, rows, label, scale=100.0, unit=" points"):
         return []
     figure = Figure((7, 0.9 + 0.32 * len(rows)), layout="constrained")
     draw_dots(figure.add_subplot(xlabel=label), rows, scale)
+    caption = f"Differences with 95% intervals, paired by seed: {label}."
     return [Picture(name, caption, figure, in_words(rows, scale, unit))]
 
 
@@ -126,10 +89,9 @@ def draw_dots(axes, rows, scale=1.0):
         axes.plot([low, high], [place, place], color=COLOURS[1], linewidth=2)
         axes.plot(scale * row["difference"], place, "o", color=COLOURS[1])
     axes.axvline(0, color="0.5", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows])
+    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows], parse_math=False)  # a name may hold dollar signs
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=6)  # more run into each other
-    pictures.plain(axes)
 
 
 def in_words(rows, scale=1.0, unit=""):
@@ -153,102 +115,52 @@ def measures(rows):
 
 
 def curves(name, arms, key, what, unit="", share=1.0):
-    """The Picture of a number of the log, epoch by epoch: of each arm the mean over seeds.
+    """The Picture of a number of the log, epoch by epoch: each arm's mean over seeds; for few arms the band of all.
 
-    For up to BANDS arms with the band from the least to the greatest. arms: {arm: {seed: Result}}. key: of a line of
-    the log; share: what 1 of it is in `unit`.
+    arms: {arm: {seed: Result}}. key: of a line of the log. share: what 1 of it is in `unit`.
     """
-    figure, ends, bands = Figure((7, 4), layout="constrained"), [], len(arms) <= BANDS
-    axes = figure.add_subplot(xlabel="epoch", ylabel=what + unit)
+    ends, bands = [], len(arms) <= BANDS
+    axes = Figure((7, 4), layout="constrained").add_subplot(xlabel="epoch", ylabel=what + unit, prop_cycle=STYLES)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for arm, runs in arms.items():
-        length, style = min(len(run.log) for run in runs.values()), style_of(arm, arms)
+        length = min(len(run.log) for run in runs.values())
         values = np.array([[share * line[key] for line in run.log[:length]] for run in runs.values()])
         epochs = np.arange(1, length + 1)
-        axes.plot(epochs, values.mean(0), label=arm, markevery=max(1, length // 8), markersize=4, **style)
+        [line] = axes.plot(epochs, values.mean(0), label=arm, markevery=max(1, length // 8), markersize=4)
         if len(values) > 1 and bands:
-            band(axes, epochs, values.min(0), values.max(0), style["color"])
+            axes.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
         ends.append(f"{arm} {values[:, -1].mean():.3g}")
     legend(axes)
-    caption = f"{what.capitalize()} over epochs: mean over seeds"
-    caption += ", and the band from the lowest seed to the highest." if bands else "."
-    return Picture(name, caption, figure, f"{what}{unit} over epochs; at the end " + ", ".join(ends))
+    caption = f"{what.capitalize()} over epochs: mean over seeds" + ", and the band of all seeds" * bands + "."
+    return Picture(name, caption, axes.figure, f"{what}{unit} over epochs; at the end " + ", ".join(ends))
 
 
 def data_efficiency(found):
     """The figure of accuracy by share of the training data, with 95% intervals. found: `comparison.by_fraction`."""
-    figure, shares = Figure((7, 4), layout="constrained"), sorted({x for values in found.values() for x in values})
-    axes = figure.add_subplot(xlabel="share of the training data %", ylabel="test accuracy %", xscale="log")
+    axes = Figure((7, 4), layout="constrained").add_subplot(
+        xlabel="share of the training data %", ylabel="test accuracy %", xscale="log", prop_cycle=STYLES)
     for kind, values in found.items():
-        x, style = [100 * share for share in values], style_of(kind, found)
-        mean = np.array([100 * np.mean(each) for each in values.values()])
-        half = np.array([100 * statistics.half_interval(each) for each in values.values()])
-        axes.plot(x, mean, label=kind, **style)
-        band(axes, x, mean - half, mean + half, style["color"])
-    axes.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares])
+        x = [100 * share for share in values]
+        mean = 100 * np.array([np.mean(each) for each in values.values()])
+        half = 100 * np.array([statistics.half_interval(each) for each in values.values()])
+        [line] = axes.plot(x, mean, label=kind)
+        axes.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
+    shares = sorted({100 * share for values in found.values() for share in values})
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
     axes.minorticks_off()
     legend(axes)
-    return figure
-
-
-def explanation_curves(values):
-    """The figure of mean deletion and insertion curves. values: {measure: {arm: {seed: [N, steps + 1]}}}."""
-    figure = Figure((9, 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("deletion", "insertion")):
-        arms = values[f"{name}_curve"]
-        for arm, runs in arms.items():
-            mean = np.mean([each.mean(0) for each in runs.values()], 0)
-            axes.plot(np.linspace(0, 100, len(mean)), mean, label=arm, markevery=4, markersize=4, **style_of(arm, arms))
-        axes.set_xlabel(f"pixels {'deleted' if name == 'deletion' else 'inserted'} %")
-        axes.set_title(name)
-    figure.axes[0].set_ylabel("probability of the class")
-    legend(figure.axes[0])
-    return figure
+    return axes.figure
 
 
 def risks(pooled):
-    """The figure of risk-coverage curves of all seeds together, and the band between seeds.
-
-    pooled: {arm: [(confidence [N], correct bool [N]) of each seed]}.
-    """
-    figure = Figure((7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="images kept, the most confident first %", ylabel="errors among them %")
+    """The figure of risk-coverage curves, all seeds together: {arm: [(confidence [N], correct bool [N]) of a seed]}."""
+    axes = Figure((7, 4), layout="constrained").add_subplot(
+        xlabel="images kept, the most confident first %", ylabel="errors among them %", prop_cycle=STYLES)
     for arm, runs in pooled.items():
-        colour = style_of(arm, pooled)["color"]
-        coverage, risk = statistics.risk_coverage(*(np.concatenate(parts) for parts in zip(*runs)))
-        axes.plot(100 * coverage, 100 * risk, label=arm, color=colour)
-        if len({len(sure) for sure, _ in runs}) == 1 < len(runs):
-            each = [statistics.risk_coverage(*run) for run in runs]
-            few = slice(None, None, max(1, len(each[0][0]) // 200))
-            seeds = 100 * np.array([risk[few] for _, risk in each])
-            band(axes, 100 * each[0][0][few], seeds.min(0), seeds.max(0), colour)
+        coverage, risk = statistics.risk_coverage(*map(np.concatenate, zip(*runs)))
+        axes.plot(100 * coverage, 100 * risk, label=arm, marker="")
     legend(axes)
-    return figure
-
-
-def disagreements(images, titles, lines):
-    """The figure of images in a row, and below, for each arm, the heat of what it predicts.
-
-    images: [N, H, W, 3] in [0, 1]. titles: N texts. lines: for each arm (heat [N, h, w], N texts).
-    """
-    figure = Figure((1.7 * len(images), 6.1), layout="constrained")
-    grid = figure.subplots(1 + len(lines), len(images), squeeze=False)
-    for axes, image, title in zip(grid[0], images, titles):
-        axes.imshow(image)
-        axes.set_title(title, fontsize=8)
-    for row, (heat, texts) in zip(grid[1:], lines):
-        heat = F.interpolate(heat[:, None], images.shape[1:3], mode="bilinear")[:, 0].numpy()
-        for axes, image, warmth, text in zip(row, images, heat, texts):
-            axes.imshow(pictures.overlay(image, warmth))
-            axes.set_title(text, fontsize=7)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        pictures.plain(axes)
-    return figure
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
+    return axes.figure
 
 
 def write(folder, sections, study):
@@ -260,29 +172,26 @@ def write(folder, sections, study):
     images = {}
     for part in (part for section in sections for part in section.parts):
         if isinstance(part, Table):
-            write_bytes(tables / f"{part.name}.csv", as_csv(part).encode("utf-8", "replace"))
-            write_bytes(tables / f"{part.name}.tex", as_latex(part).encode("utf-8", "replace"))
+            write_text(tables / f"{part.name}.csv", as_csv(part))
+            write_text(tables / f"{part.name}.tex", as_latex(part))
         else:
-            png, pdf = as_bytes(part.figure, "png"), as_bytes(part.figure, "pdf", CreationDate=None)
-            write_bytes(figures / f"{part.name}.png", png)
-            write_bytes(figures / f"{part.name}.pdf", pdf)
-            images[part.name] = base64.b64encode(png).decode()
+            png = figures / f"{part.name}.png"
+            write_figure(png, part.figure, "png")
+            write_figure(png.with_suffix(".pdf"), part.figure, "pdf", CreationDate=None)
+            images[part.name] = base64.b64encode(png.read_bytes()).decode()
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(autoescape=True, trim_blocks=True, loader=loader).get_template("page.html")
     text = template.render(sections=sections, images=images, study=study)
-    write_bytes(Path(folder) / "report.html", text.encode("utf-8", "replace"))
+    write_text(Path(folder) / "report.html", text)
     return Path(folder) / "report.html"
 
 
-def write_bytes(path, content):
-    files.write_atomically(path, lambda file: file.write(content))
+def write_text(path, text):
+    files.write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
-def as_bytes(figure, kind, **metadata):
-    """A figure as the content of a PNG or PDF file."""
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=150, metadata=metadata)
-    return content.getvalue()
+def write_figure(path, figure, kind, **metadata):
+    files.write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150, metadata=metadata))
 
 
 def as_text(header, rows):
@@ -293,7 +202,6 @@ def as_text(header, rows):
 
 
 def as_csv(table):
-    """A table as CSV."""
     text = io.StringIO()
     csv.writer(text).writerows([table.header, *table.rows])
     return text.getvalue()

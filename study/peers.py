@@ -21,16 +21,15 @@ METHODS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "xgradcam": "XG
 
 
 def installed():
-    """Whether the library is there."""
+    """Whether the grad-cam library is there."""
     return importlib.util.find_spec("pytorch_grad_cam") is not None
 
 
 def heat_of(model, images, classes, method, explain):
     """A function that makes the library's heat of `images` at the layer that `explain` explains, or None.
 
-    images: [N, 3, H, W], normalised. classes: int64 [N], explained. explain: a `cam.CAM` of the model; its layer is
-    found here. The library's work: hooks, a forward and a backward pass through all of the network in eval mode, NumPy
-    and OpenCV.
+    images: [N, 3, H, W], normalised. classes: int64 [N], explained. explain: a `cam.CAM` of the model. The library's
+    work: hooks, a forward and a backward pass through all of the network in eval mode, NumPy and OpenCV.
     """
     if method not in METHODS or not installed():
         return None

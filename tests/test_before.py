@@ -67,7 +67,7 @@ def test_a_run_that_starts_from_another_on_the_same_data_goes_on_where_that_was(
 def test_what_cannot_be_started_from_is_refused(trained, tmp_path, capsys):
     first, out = trained(*PART, epochs=1), tmp_path / "runs"
     refused(["--init", str(tmp_path)], "not a run's folder", out, capsys)
-    refused(["--init", str(first), "--model", "test_resnet"], "its network is --model resnet10s, not test_resnet", out,
+    refused(["--init", str(first), "--model", "test_resnet"], "its --model is resnet10s, not test_resnet", out,
             capsys)
     refused(["--init", str(first), "--weights", "w.pth"], "--weights and --init contradict each other", out, capsys)
     (first / "metrics.json").unlink()

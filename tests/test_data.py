@@ -315,7 +315,7 @@ def test_mixup_blends_all_pixels_alike_and_cutmix_pastes_some():
 def test_augment_applies_its_parts_one_after_the_other_in_the_order_they_are_named():
     pixels, labels, config = alike(), torch.arange(16) % 5, {"dataset_entry": {"augment": ENTRY}}
     moved = normalise(data.light(pixels, ENTRY, KEY), MEAN, STD)
-    parts = {"random_erasing:0.5": (data.random_erasing, 0.5), "cutmix:0.7": (data.cutmix, 0.7)}
+    parts = {"random_erasing:0.5": (data.random_erasing, 0.5), "cutmix:0.7": (data.ON_TOP["cutmix"][0], 0.7)}
     results = []
     for order in (list(parts), list(parts)[::-1]):
         images, shares = moved, labels

@@ -140,7 +140,7 @@ def test_image_sheets_show_what_each_method_sees(trained, photographs, tmp_path,
     assert evaluation.main([str(folder), "--image", str(photographs), "--cam", "rollout"]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in shown] == ["eval.py"] * 2
-    assert "gone.jpg: no such file" in shown[0] and "attention needs a transformer" in shown[1]
+    assert "gone.jpg: no such file" in shown[0] and "rollout needs a transformer" in shown[1]
 
 
 @pytest.mark.skipif(not LITE0.exists(), reason="needs shared/weights beside the project")

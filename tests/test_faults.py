@@ -87,7 +87,7 @@ def test_with_no_checkpoint_left_that_can_be_read_it_says_so(copied, capsys):
 
 @pytest.mark.parametrize("change, message", [
     (lambda made: made["settings"].update(model="resnet18"),
-     'made with other settings than those in config.json: model "resnet18", not "resnet10s"'),
+     'made with other settings than config.json has: model "resnet18", not "resnet10s"'),
     (lambda made: made["settings"].update(seed=7), "seed 7, not 0"),
     (lambda made: made["settings"]["dataset_entry"].update(image_size=8), "dataset_entry {"),
     (lambda made: made.update(dataset="0123"), "a dataset with other images"),

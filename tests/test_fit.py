@@ -32,7 +32,7 @@ def test_the_largest_batch_is_found_to_within_an_eighth_in_few_trials(limit):
 
 
 def test_where_not_even_two_images_fit_the_error_says_what_else_to_try():
-    with pytest.raises(settings.UserError, match="not even --batch-size 2 fits; try --amp auto"):
+    with pytest.raises(settings.UserError, match="--batch-size 2 does not fit; try --amp auto"):
         fit.largest_batch(lambda size: False, 1000)
 
 

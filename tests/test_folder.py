@@ -151,7 +151,7 @@ def test_a_name_that_nobody_asked_for_gets_a_number_where_it_is_taken(tmp_path):
 def test_a_log_is_cut_to_the_epochs_of_the_checkpoint(tmp_path):
     for epoch in (1, 2, 3):
         files.append_line(tmp_path / "log.jsonl", {"epoch": epoch})
-    folder.cut_log(tmp_path, 2)
+    files.cut_lines(tmp_path / "log.jsonl", 2)
     assert [line["epoch"] for line in folder.read_log(tmp_path)] == [1, 2]
 
 
