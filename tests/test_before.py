@@ -77,6 +77,7 @@ def test_what_cannot_be_started_from_is_refused(trained, tmp_path, capsys):
 # --reweight
 
 
+@pytest.mark.slow
 def test_just_train_twice_draws_what_the_first_run_got_wrong_more_often(trained):
     settings = ("--decoy", "--train-fraction", "0.2", "--cam", "none")
     first = trained(*settings, epochs=3)
@@ -148,6 +149,7 @@ def test_the_heat_may_come_from_the_network_of_a_run_before_which_stays_as_it_is
     assert evaluation.main([str(second)]) == 0 and (second / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_with_the_heat_of_another_goes_on_to_the_same_bits_without_it(trained, tmp_path, monkeypatch, capsys):
     first = trained("--train-fraction", "0.2", "--cam", "none", epochs=2)
     arguments = ["--train-fraction", "0.2", "--heat-from", str(first), "--select", "all", "--fill", "transplant",

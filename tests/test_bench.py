@@ -14,6 +14,7 @@ SMALL = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "
 ROWS = {"cam": 2, "step": 3, "train": 1, "staged": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ROWS)
 def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(what, tmp_path, capsys):
     kept = tmp_path / "table.csv"
@@ -35,6 +36,7 @@ def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(what
         assert all(float(r["equal"]) / float(r["plain"]) == pytest.approx(float(r["equal/"])) for r in rows)
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "a").write_text("")
     assert bench.main(["cam", *SMALL, "--methods", "gradcam", "--csv", str(tmp_path / "a" / "table.csv")]) == 2

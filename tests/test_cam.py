@@ -314,6 +314,7 @@ def test_a_map_without_contrast_is_cold_everywhere():
     assert cam.rescale(torch.full((1, 3, 3), float("nan"))).eq(0).all()
 
 
+@pytest.mark.slow
 def test_this_file_serves_alone_where_a_layer_is_named(tmp_path):
     (tmp_path / "cam.py").write_bytes(Path(cam.__file__).read_bytes())
     script = """

@@ -48,6 +48,7 @@ def test_a_planted_difference_of_two_points_over_ten_seeds_is_found():
     assert row_of(simulated({"none": (10, 0.82), "a": (10, 0.80)}, **options))["says"].startswith("worse by")
 
 
+@pytest.mark.slow
 def test_of_two_hundred_null_comparisons_about_one_in_twenty_is_called_different():
     called = [row_of(simulated({"none": (10, 0.8), "a": (10, 0.8)}, images=200, seed=s, spread=0.03))["says"].split()[0]
               for s in range(200)]
@@ -56,6 +57,7 @@ def test_of_two_hundred_null_comparisons_about_one_in_twenty_is_called_different
     assert called.count("no") == 200 - different
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for s in range(100):
@@ -196,6 +198,7 @@ def cells_of(printed, arm):
     return next(line.split("  ") for line in printed.splitlines() if line.startswith(f"{arm}  "))
 
 
+@pytest.mark.slow
 def test_runs_are_compared_on_the_command_line(four, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert report.main([*(str(four / f"{cam}{seed}") for cam in ("gradcam", "none") for seed in (0, 1)), "--text"]) == 0
@@ -227,6 +230,7 @@ def test_runs_that_differ_in_more_than_one_setting_are_refused_with_the_list(fou
     assert report.main([*both, "--by", "cam,epochs", "--baseline", "cam none, epochs 2"]) == 0
 
 
+@pytest.mark.slow
 def test_an_experiment_is_compared_by_its_arms(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "FOLDER", tmp_path / "experiments")
     (tmp_path / "experiments").mkdir()

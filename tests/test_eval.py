@@ -75,6 +75,7 @@ def test_softmax_is_that_of_torch_and_stands_large_logits():
     assert metrics.softmax(logits).dtype == np.float64 and np.allclose(metrics.softmax(logits), expected, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_eval_prints_the_metrics_again_and_rewrites_them_identically(trained):
     folder = trained()
@@ -92,6 +93,7 @@ def test_eval_prints_the_metrics_again_and_rewrites_them_identically(trained):
     assert metrics_of(folder)["test"] == json.loads(before)["test"]
 
 
+@pytest.mark.slow
 def test_several_runs_are_printed_one_after_the_other(trained, capsys):
     folders = [str(trained("--cam", cam, epochs=1)) for cam in ("none", "gradcam")]
     capsys.readouterr()
@@ -126,6 +128,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_image_sheets_show_what_each_method_sees(trained, photographs, tmp_path, capsys):
     folder, before = trained(epochs=1), hash_folder(photographs)
     assert evaluation.main([str(folder), "--image", str(photographs), str(photographs / "china.jpg"), "--cam",
@@ -175,6 +178,7 @@ def test_help_fits_a_screen(capsys):
 # The sheet of `train.py --dry-run --show`.
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_every_fill_and_control_on_one_sheet(tmp_path, capsys):
     before = len(list(REPOSITORY.iterdir()))
     assert train.main(["--dry-run", "--show", "--out", str(tmp_path), "--name", "x"]) == 0

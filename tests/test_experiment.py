@@ -184,6 +184,7 @@ def test_a_mistake_is_one_line_before_anything_runs(arguments, message, tmp_path
 # Its processes.
 
 
+@pytest.mark.slow
 def test_the_cells_of_a_killed_experiment_end_and_the_same_command_goes_on(written, tmp_path, start):
     written(tiny=TINY | {"arms": {"none": {"cam": "none"}}})
     arguments = ["--experiment", "tiny", "--out", tmp_path / "runs", "--epochs", "12"]
@@ -202,6 +203,7 @@ def test_the_cells_of_a_killed_experiment_end_and_the_same_command_goes_on(writt
     assert [line["epoch"] for line in folder.read_log(runs / "none-s0")] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_stopped_experiment_goes_on_and_repeats_nothing_that_is_finished(written, tmp_path, start):
     written(tiny=TINY)
     arguments, runs = ["--experiment", "tiny", "--out", tmp_path / "runs", "--epochs", "8"], tmp_path / "runs" / "tiny"
@@ -234,6 +236,7 @@ def test_a_cell_that_cannot_start_ends_the_experiment_with_its_line(tmp_path, ca
     assert "none-s0 could not start" in (err := capsys.readouterr().err) and "no images" in err
 
 
+@pytest.mark.slow
 def test_an_arm_that_starts_from_another_waits_for_it(written, tmp_path, capsys):
     written(tiny=CHAIN)
     arguments = ["--experiment", "tiny", "--out", str(tmp_path / "runs"), "--epochs", "1", "--device", "cpu"]
@@ -246,6 +249,7 @@ def test_an_arm_that_starts_from_another_waits_for_it(written, tmp_path, capsys)
     assert "arms.second.init: '@fist' is no arm" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_cells_run_this_program_whatever_lies_in_the_current_folder(tmp_path):
     for name in ("train.py", "data.py", "proxy.py", "engine/__init__.py", "engine/experiment.py", "study/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -181,6 +181,7 @@ def deceived(tmp_path_factory):
     return out / "run"
 
 
+@pytest.mark.slow
 def test_a_decoy_deceives_a_network_and_its_heat_lies_on_the_swatch(deceived, capsys):
     found = files.read_json(deceived / "metrics.json")
     assert found["val"]["accuracy"] > 0.7 and found["test"]["accuracy"] < 0.3
@@ -194,6 +195,7 @@ def test_a_decoy_deceives_a_network_and_its_heat_lies_on_the_swatch(deceived, ca
     assert means["inside"] > 5 * means["covered"] and means["pointing"] > 0.3
 
 
+@pytest.mark.slow
 def test_explanations_are_measured_once_and_with_the_method_that_was_asked_for(deceived, monkeypatch):
     assert explain.main([str(deceived), "--cam", "gradcam"]) == 0
     assert files.read_json(deceived / "explanations.json")["method"] == "gradcam"
@@ -227,6 +229,7 @@ def test_the_animal_of_pets_is_known(tmp_path):
     assert decoy.masks_of(pets, [0], pixels) == (None, None)
 
 
+@pytest.mark.slow
 def test_what_depends_on_a_swatch_is_distinguished_from_what_does_not_and_by_which_way_of_explaining(deceived, capsys):
     assert explain.main([str(deceived), "--leaning"]) == 0
     printed, result = capsys.readouterr().out, files.read_json(deceived / "leaning.json")
@@ -315,6 +318,7 @@ def test_what_cannot_be_explained_is_one_line_and_status_2(arguments, message, t
     assert error.startswith("study.explain: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_it_is_a_program_of_its_own_whose_help_fits_a_screen():
     done = subprocess.run([sys.executable, "-m", "study.explain", "--help"], cwd=settings.HERE, capture_output=True,
                           text=True, env=os.environ | {"COLUMNS": "100"})

@@ -285,6 +285,7 @@ def at_epoch(monkeypatch, number, happen):
     monkeypatch.setattr(train, "finish_epoch", finish_epoch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("change", ["removed", "changed", "truncated"])
 def test_a_dataset_that_changes_under_a_run_ends_it_with_the_file_and_it_goes_on_when_it_is_back(

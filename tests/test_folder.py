@@ -166,6 +166,7 @@ def test_the_environment_shows_why_two_machines_differ(trained):
 ODD = ["a b", "é <b>狗", "$x_2$ & [red]", "-rf", "100%"]
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 @pytest.mark.parametrize("mode", [["--budget", "extra"], ["--mode", "staged", "--rounds", "1", "--select", "all",
                                                           "--cam", "center", "--control", "label"]])

@@ -88,6 +88,7 @@ def test_batches_drawn_ahead_are_the_same_and_errors_come_through():
     endless.close()  # ends the thread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("budget, expected", [("equal", [0, None, None, 3]), ("extra", [0, 1, 2, 3, None, None])])
 def test_erased_copies_replace_their_originals_or_come_on_top(budget, expected, in_memory, tmp_path):

@@ -25,6 +25,8 @@ from engine import experiment, files, settings
 from study import arms as study_arms
 from study import comparison, explain, figures
 
+pytestmark = pytest.mark.slow  # its experiments take ten seconds to make
+
 SCRIPT, DOLLARS, ARM = "<script>alert(1)</script>", "$x_1$ & 100%", "gradcam++ <img src=http://example.com/x.png>"
 ARMS = {"none": {"cam": "none", "image_size": 32}, ARM: {"cam": "gradcam++", "select": "all", "image_size": 32},
         "vit": {"model": "test_vit", "cam": "none", "image_size": 64},

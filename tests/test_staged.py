@@ -66,6 +66,7 @@ def test_the_staged_pipeline_erases_what_misled_and_trains_again(trained, exact)
     assert cost["erased_images"] == sum(line["erased_images"] for line in lines) > 0
 
 
+@pytest.mark.slow
 def test_erased_images_are_kept_as_jpegs_near_their_pixels(trained):
     folder = trained(*STAGED, "--rounds", "1", "--batch-size", "32", epochs=1)
     dataset = open_run(folder).dataset()
@@ -76,6 +77,7 @@ def test_erased_images_are_kept_as_jpegs_near_their_pixels(trained):
         assert kept.mean() > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget, images", [("equal", 0), ("extra", 1)])
 def test_stage_3_trains_on_copies_instead_of_their_originals_or_on_both(trained, budget, images):
     folder = trained(*STAGED, "--rounds", "1", "--budget", budget, "--batch-size", "16", epochs=1)
@@ -85,6 +87,7 @@ def test_stage_3_trains_on_copies_instead_of_their_originals_or_on_both(trained,
     assert erased <= lines[1]["erased_images"] < erased + 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", ["unsure", "loss"])
 def test_where_every_image_is_selected_every_image_is_erased(trained, select):
     folder = trained(*STAGED, "--rounds", "1", "--select", select, "--cam", "center", epochs=1)
@@ -92,6 +95,7 @@ def test_where_every_image_is_selected_every_image_is_erased(trained, select):
     assert sorted(row["source"] for row in rows) == open_run(folder).split["train"]
 
 
+@pytest.mark.slow
 def test_the_index_tells_what_the_network_of_stage_1_predicted(trained, monkeypatch):
     states, real = [], train.finish_epoch
 
@@ -116,6 +120,7 @@ def test_the_index_tells_what_the_network_of_stage_1_predicted(trained, monkeypa
             assert float(rows[image_id]["confidence"]) == pytest.approx(sure, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stages_network_and_optimizer_are_gone_when_it_ends(trained, monkeypatch):
     kept, alive = [], []
     build, record = torch.optim.AdamW, files.append_line
@@ -201,6 +206,7 @@ def test_a_staged_run_that_was_killed_goes_on_with_what_is_on_disk(alone, tmp_pa
     assert same_run(alone, folder)
 
 
+@pytest.mark.slow
 def test_a_staged_run_repeats_no_finished_work(trained, tmp_path, monkeypatch):
     arguments = [*STAGED, "--rounds", "1", "--batch-size", "32", "--epochs", "1", "--out", str(tmp_path)]
     counted, add = [], staged.ErasedRound.add

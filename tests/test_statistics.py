@@ -44,6 +44,7 @@ def test_with_fewer_seeds_than_the_fewest_no_difference_can_be_found():
     assert statistics.fewest_seeds() == 6
 
 
+@pytest.mark.slow
 def test_shared_test_images_are_drawn_together():
     """One image that decides a quarter of the difference in each seed: drawn together its luck does not average out."""
     draw = np.random.default_rng(0)

@@ -67,6 +67,7 @@ def test_the_command_its_user_types_most(asl, tmp_path):
 # With and without Proxy Attention.
 
 
+@pytest.mark.slow
 def test_with_and_without_proxy_attention_split_steps_and_images_are_the_same(trained):
     plain, proxied = trained(*PART, "--cam", "none"), trained(*PART, "--cam", "gradcam++")
     assert (plain / "split.json").read_bytes() == (proxied / "split.json").read_bytes()
@@ -76,6 +77,7 @@ def test_with_and_without_proxy_attention_split_steps_and_images_are_the_same(tr
     assert costs[0]["erased_images"] == costs[0]["cam_seconds"] == 0 < costs[1]["erased_images"]
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 @pytest.mark.parametrize("arguments", [
     ["--explain", "true", "--cam", "layercam"], ["--explain", "margin"], ["--layer", "layer2", "--cam", "hirescam"],
@@ -93,6 +95,7 @@ def test_rollout_trains_a_vit_and_its_run_opens_again(asl, tmp_path):
     assert evaluation.main([str(tmp_path / "r")]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 @pytest.mark.parametrize("arguments", [
     ["--select", "unsure", "--fill", "mean"], ["--select", "loss", "--fill", "swap"],
@@ -121,6 +124,7 @@ def test_budget_extra_sees_the_erased_images_on_top(trained):
     assert cost["images_seen"] == 2 * STEPS * 64 + cost["erased_images"] and cost["erased_images"] > 0
 
 
+@pytest.mark.slow
 def test_images_wait_for_one_step_only(trained):
     lines = read_log(trained(*PART, "--schedule", "1,p,2", "--select", "all", epochs=4))
     # what the last step of the proxy round erased is in the first step after it
@@ -142,6 +146,7 @@ def test_in_the_same_step_each_selected_image_is_trained_on_through_a_second_pas
 # When.
 
 
+@pytest.mark.slow
 def test_a_schedule_decides_in_which_epochs_images_are_erased(trained):
     counts = [line["erased_images"] > 0 for line in read_log(trained(*PART, "--schedule", "every:2", epochs=3))]
     assert counts[:2] == [False, True]
@@ -149,6 +154,7 @@ def test_a_schedule_decides_in_which_epochs_images_are_erased(trained):
     assert lines[0]["erased_images"] == 0 < lines[1]["erased_images"]
 
 
+@pytest.mark.slow
 def test_a_plateau_begins_where_validation_accuracy_stops_rising(trained):
     learns_nothing = ("--lr", "1e-9", "--budget", "extra")
     folder = trained(*PART, "--schedule", "plateau:1", *learns_nothing, epochs=4)
@@ -178,12 +184,14 @@ def test_the_published_protocol_leaks_and_every_page_says_so(tmp_path, capsys):
 # Bits.
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(trained):
     weights = [weights_of(trained(*PART, "--seed", s)) for s in ("5", "5", "6")]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert not torch.equal(weights[0]["fc.weight"], weights[2]["fc.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [PART, (*PART, "--schedule", "p,p,p", "--mode", "resplit", "--select", "all")])
 def test_an_interrupted_run_goes_on_to_the_same_weights(mode, trained, tmp_path, monkeypatch, capsys):
     alone = trained(*mode, epochs=3)
@@ -224,6 +232,7 @@ def test_gradients_of_two_batches_are_those_of_one_of_their_size(trained):
     assert all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_mixed_precision_trains(trained, amp):
     few = ("--classes", "1,3,7", "--train-fraction", "0.1", "--batch-size", "16", "--select", "all")
