@@ -32,8 +32,7 @@ from staged import staged
 
 
 def train(config, folder, dataset, split, model, device, stage, stop):
-    """The loop: from the last checkpoint in `folder`, if there is one, to the end of the stage, or until a signal
-    stops it.
+    """The loop: from the last checkpoint in `folder`, if there is one, to the stage's end, or until a signal stops it.
 
     split: {"train", "val": ids}. model: the network, trained in place. stage: `Stage`, the epochs. stop: `ranks.Stop`.
     """
@@ -97,9 +96,7 @@ def run_to_its_end(ready, stop, any_code):
 
 
 def main(arguments=None):
-    """The command line; returns the exit status: 2 for what the user can mend, 128 and a signal's number when
-    stopped.
-    """
+    """The command line; returns the exit status: 2 for what the user can mend, 128 and the number of a signal."""
     ready, other, stop = None, {}, ranks.Stop()
     try:
         options, other = launch.parse(arguments, __doc__)
