@@ -34,7 +34,6 @@ import data
 import proxy
 import staged
 from engine import cache, checkpoint, costs, files, folder, launch, loader, network, predict, settings, training
-from engine.files import UserError
 from study import peers
 
 MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
@@ -348,15 +347,11 @@ def parse(arguments):
     return options
 
 
+@launch.program("bench.py")
 def main(arguments=None):
-    """The command line; returns the exit status, 2 for what the user can mend."""
-    try:
-        options = parse(arguments)
-        BENCHES[options.what](options)
-    except UserError as error:
-        print(files.one_line(f"bench.py: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    """The command line."""
+    options = parse(arguments)
+    BENCHES[options.what](options)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ To add a dataset, add an entry to `configs.json`; to add a way of lying on the d
 """
 
 import csv
+import functools
 import math
 import os
 from functools import partial
@@ -305,6 +306,7 @@ ON_TOP = {"random_erasing": (random_erasing, 0.5), "cutmix": (partial(mixed, v2.
           "mixup": (partial(mixed, v2.MixUp), 0.2)}
 
 
+@functools.cache  # each step asks
 def read_augment(text):
     """(key of AUGMENTATIONS, by default light; {key of ON_TOP: value}) of --augment. Raises ValueError."""
     words = [word.strip().partition(":") for word in text.split(",")]

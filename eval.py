@@ -24,7 +24,7 @@ from engine import cache, files, metrics, network, pictures, predict, settings
 from engine.dataset import image_extensions, natural_order
 from engine.files import UserError
 from engine.folder import open_run, read_predictions
-from engine.launch import Parser
+from engine.launch import Parser, program
 
 
 def figures(opened, found):
@@ -198,18 +198,14 @@ def parse(arguments):
     return options
 
 
+@program("eval.py")
 def main(arguments=None):
-    """The command line; returns the exit status, 2 for what the user can mend."""
-    try:
-        options = parse(arguments)
-        if options.image:
-            draw_images(options)
-        for folder in options.runs if not options.image else []:
-            show_run(folder, network.pick_device(options.device))
-    except UserError as error:
-        print(files.one_line(f"eval.py: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    """The command line."""
+    options = parse(arguments)
+    if options.image:
+        draw_images(options)
+    for folder in options.runs if not options.image else []:
+        show_run(folder, network.pick_device(options.device))
 
 
 if __name__ == "__main__":

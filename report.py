@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import experiment, files, metrics, network, settings
+from engine import experiment, metrics, network, settings
 from engine.files import UserError
-from engine.launch import Parser
+from engine.launch import Parser, program
 from study import appendix, arms, comparison, explain, faithfulness, figures, statistics
 from study.figures import MEASURES, Picture, Section, Table, number, own_span, points, span
 
@@ -351,23 +351,18 @@ def open_study(options):
     return comparison.Study(groups, name or "Runs", about, command, device, not options.no_heat), folder, left
 
 
+@program("report.py")
 def main(arguments=None):
-    """The command line; returns the exit status, 2 for what the user can mend."""
-    try:
-        options = parse(arguments)
-        study, folder, left = open_study(options)
-        if options.text:
-            print_comparison(study, left)
-            return 0
-        sections = [section for make in (*QUESTIONS, *appendix.SECTIONS) if (section := make(study))]
-        page = figures.write(folder, sections, study)
-    except UserError as error:
-        print(files.one_line(f"report.py: {error}"), file=sys.stderr)
-        return 2
+    """The command line."""
+    options = parse(arguments)
+    study, folder, left = open_study(options)
+    if options.text:
+        return print_comparison(study, left)
+    sections = [section for make in (*QUESTIONS, *appendix.SECTIONS) if (section := make(study))]
+    page = figures.write(folder, sections, study)
     print(f"{page}: {len(study.results)} runs of {len(study.arms)} arms"
           + f"; {left} runs are not finished yet" * bool(left))
     print("Open it in a browser; figures/ and tables/ beside it are for a text")
-    return 0
 
 
 if __name__ == "__main__":

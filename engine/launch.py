@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import functools
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,23 @@ class Parser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             self.error(f"unknown option {unknown[0]!r}{files.nearest(unknown[0], known)}")
         return vars(given)
+
+
+def program(name):
+    """Decorate a `main`: it returns the exit status, 0, or 2 with one line on what the user can mend."""
+    def decorate(main):
+        @functools.wraps(main)
+        def inner(arguments=None):
+            try:
+                main(arguments)
+            except UserError as error:
+                print(files.one_line(f"{name}: {error}"), file=sys.stderr)
+                return 2
+            return 0
+
+        return inner
+
+    return decorate
 
 
 COMMAND = ("resume", "any_code", "dry_run", "show", "experiment", "cell", "jobs")

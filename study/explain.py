@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import cam
 from engine import cache, chance, decoy, display, files, folder, loader, network, predict
 from engine.files import UserError
-from engine.launch import Parser
+from engine.launch import Parser, program
 from study import faithfulness, statistics
 from study.figures import as_text, number, points
 
@@ -274,24 +274,20 @@ def parse(arguments):
     return options
 
 
+@program("study.explain")
 def main(arguments=None):
-    """The command line; returns the exit status, 2 for what the user can mend."""
-    try:
-        options = parse(arguments)
-        device = network.pick_device(options.device)
-        for path in options.runs:
-            if options.leaning:
-                print(describe_leaning(path, write_leaning(path, device)))
-            elif options.where:
-                rows = write_where(path, options.cam or ["gradcam", "layercam"], options.layer, device)
-                print(describe_where(path, rows) + "\n")
-            else:
-                write_explanations(path, options.cam[0] if options.cam else None, device)
-                print(describe_explanations(path) + "\n")
-    except UserError as error:
-        print(files.one_line(f"study.explain: {error}"), file=sys.stderr)
-        return 2
-    return 0
+    """The command line."""
+    options = parse(arguments)
+    device = network.pick_device(options.device)
+    for path in options.runs:
+        if options.leaning:
+            print(describe_leaning(path, write_leaning(path, device)))
+        elif options.where:
+            rows = write_where(path, options.cam or ["gradcam", "layercam"], options.layer, device)
+            print(describe_where(path, rows) + "\n")
+        else:
+            write_explanations(path, options.cam[0] if options.cam else None, device)
+            print(describe_explanations(path) + "\n")
 
 
 if __name__ == "__main__":
