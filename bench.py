@@ -314,7 +314,7 @@ def bench_staged(options):
                 model = folder.open_run(path).network().to(device, memory_format=torch.channels_last)
                 mean, std = (t.to(device) for t in network.normalisation(config, model))
                 batches = predict.batches_in_order(config, dataset, dataset.ids, device)
-                predict.predict(model, batches, mean, std, device, network.pick_amp(config["amp"], device))
+                predict.predict(model, batches, mean, std, device, network.AMP[config["amp"]])
 
             def stage_2():
                 shutil.rmtree(path / "erased", ignore_errors=True)

@@ -93,6 +93,7 @@ def finish(folder, dataset=None, device=torch.device("cpu")):
     Predictions that are there are not made again. Without the dataset the sheet stays as it is.
     """
     opened, model = open_run(folder), None
+    network.set_switches(opened.config, device)
     if dataset is not None and dataset.pixels is None:
         cache.open_pixels(dataset, opened.config, build=False)
     if not (opened.folder / "predictions.npz").exists():

@@ -27,7 +27,7 @@ from engine.display import console
 from engine.folder import open_run, read_log
 from engine.launch import open_network
 from engine.loader import Decoded, pixels_of, prepare
-from engine.network import normalisation, pick_amp
+from engine.network import AMP, normalisation, pick_amp
 from engine.settings import stage_epochs
 from engine.training import Stage
 
@@ -111,7 +111,7 @@ def erase_stage(config, folder, dataset, split, device, round_):
     order, without augmentation; what is done already is not done again.
     """
     model = open_run(folder).network().to(device, memory_format=torch.channels_last).requires_grad_(False)
-    amp, (mean, std) = pick_amp(config["amp"], device), (t.to(device) for t in normalisation(config, model))
+    amp, (mean, std) = AMP[pick_amp(config["amp"], device)], (t.to(device) for t in normalisation(config, model))
     erased = ErasedRound(folder, round_)
     erased.begin()
     order = shuffled(split["train"], "stage 2", config["seed"], round_)[erased.images:]

@@ -38,7 +38,10 @@ def fitting_batch(train, config, model, classes, device, images):
             costs.release(device)
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
-    return largest_batch(fits, max(2, images // FEWEST_BATCHES))
+    try:
+        return largest_batch(fits, max(2, images // FEWEST_BATCHES))
+    finally:
+        torch.cuda.reset_peak_memory_stats(device)  # a run's peak is not that of its trials
 
 
 def largest_batch(fits, most):
@@ -81,7 +84,7 @@ def trial_steps(train, config, model, classes, device, size):
     dataset = Dataset("trial", Path(), classes, [str(i) for i in range(count)], np.zeros(count, dtype=np.int64), blank,
                       pixels=Pixels(blank))
     config = config | {"batch_size": size, "select": "all", "schedule": None, "accumulate": 1, "compile": False,
-                       "mode": "staged" if config["mode"] == "staged" else "online"}
+                       "reweight": None, "mode": "staged" if config["mode"] == "staged" else "online"}
     split = {"classes": classes, "fingerprint": "", "train": dataset.ids, "val": dataset.ids[:size]}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
         before.keep_heat_network(before.heat_run(config, classes), Path(folder))

@@ -124,6 +124,8 @@ def start(options, dry_run, show_sheet, train):
     """A new run, checked before its folder is made: `Ready`, or None for a dry run. train: for --batch-size auto."""
     config = settings.resolve(settings.read_configs(), options)
     device = network.pick_device(config["device"])
+    config["amp"] = network.pick_amp(config["amp"], device)  # a run goes on in what it began with
+    network.set_switches(config, device)
     dataset, skipped = data.load_dataset(config), []
     split = the_split(config, dataset)  # fails before every image is opened
     if config["reweight"]:
@@ -219,6 +221,9 @@ def resume(path, options):
         files.sweep(path)
     config = opened.config | options
     device = network.pick_device(config["device"])
+    network.set_switches(config, device)
+    if network.pick_amp(config["amp"], device) != "off" and device.type == "cpu":
+        console.print(f"{path}: goes on in {config['amp']}, as it began; on a CPU that is slow", soft_wrap=True)
     return Ready(config, opened.folder, opened.dataset(), opened.split, None, device)
 
 

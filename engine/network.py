@@ -1,10 +1,13 @@
 """The network of a run, and the device it runs on: built by timm, with weights from timm or from a file.
 
+    device = pick_device("auto")                           # with its index, and its kernels there
     model, text = build_network(config, classes=29)        # on the CPU; text: what its weights are
     layer, grid = try_network(config, model)               # does it fit image size, method and layer?
 """
 
 import contextlib
+import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -168,25 +171,79 @@ def try_network(config, model):
 
 
 def pick_device(name):
-    """The torch device that a setting names; auto is CUDA, then Apple's MPS, then the CPU. Raises UserError."""
+    """The torch device that a setting names, a GPU with its index; auto is CUDA, then Apple's MPS, then the CPU.
+
+    A GPU becomes the process's current one, by which events, pinned memory and limits go. Raises UserError, also for a
+    GPU that this torch was not built for.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            _check_kernels(device)
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not to be had here ({short_reason(error)}). Try --device cpu") from None
     return device
 
 
+VOLTA = "torch 2.10.0 with torchvision 0.25.0 is the newest that does: README.md, Two commands, has the line"
+
+
+def _check_kernels(device):
+    """Raise UserError where torch has no kernels for a GPU: it would tell at the first one, in the middle of a run.
+
+    Code for sm_XY runs on GPUs of the same X and at least Y; compute_XY is translated for any that is newer.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    built = re.findall(r"\b(sm|compute)_(\d+)\b", " ".join(torch.cuda.get_arch_list()))
+    if built and not any(int(number) <= 10 * major + minor and (kind == "compute" or int(number) // 10 == major)
+                         for kind, number in built):
+        advice = VOLTA if major == 7 else "install a release that does, or take --device cpu"
+        gpu, there = torch.cuda.get_device_name(device), ", ".join("_".join(each) for each in built)
+        raise UserError(f"--device {device}: torch {torch.__version__} has no kernels for {gpu} (sm_{major}{minor}), "
+                        f"only for {there}; {advice}")
+
+
 def pick_amp(name, device):
-    """The dtype to autocast to, or None. auto: bfloat16 where the GPU has it, else float16; none on a CPU.
+    """A key of AMP, the dtype to autocast to. auto: bfloat16 where the GPU has it, else float16; off on a CPU.
 
     On a CPU without bfloat16 instructions autocast is many times slower than float32, and with them a small network
-    gains nothing, so there it has to be asked for.
+    gains nothing, so there it has to be asked for. Raises UserError for bfloat16 on a GPU without.
     """
+    has_it = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        name = "off" if device.type != "cuda" else "bfloat16" if has_it else "float16"
+    if name == "bfloat16" and not has_it:
+        raise UserError(f"--amp bfloat16: {torch.cuda.get_device_name(device)} cannot. Begin a run with --amp float16; "
+                        "one that began in bfloat16 goes on where there is a newer GPU, or with --device cpu, slowly")
+    return name
+
+
+AMP = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def set_switches(config, device):
+    """torch's own switches, which are a process's and not a network's; before anything is computed on the device."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
+        torch.backends.cudnn.benchmark = not config["deterministic"]
+    if config["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config["deterministic"])
+
+
+@contextlib.contextmanager
+def exact_float32():
+    """Within it float32 is not rounded to TF32: what is reported does not depend on whether a GPU has that."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

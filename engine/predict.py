@@ -45,7 +45,8 @@ def write_predictions(folder, config, model, dataset, split, device):
     for part in metrics.PREDICTED if config["decoy"] else metrics.PREDICTED[:2]:
         ids = split[part.removeprefix("clean_")]
         batches = batches_in_order(config, dataset, ids, device, decoy=not part.startswith("clean_"))
-        logits, labels = predict(model, batches, mean, std, device)
+        with network.exact_float32():
+            logits, labels = predict(model, batches, mean, std, device)
         if wrong := torch.nonzero(~torch.isfinite(logits).all(1)).flatten().tolist():
             raise files.UserError(
                 f"the network's output is not finite for {len(wrong)} of {len(logits)} {part} images, the first "

@@ -30,12 +30,13 @@ def start(device):
     """Join the other processes, if there are any. device: the setting; `auto` gives each a GPU. Returns the setting."""
     if RANKS == 1:
         return device
-    if device == "auto" and torch.cuda.is_available():
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device}: torchrun gives each process a GPU of its own; give --device cuda")
+    if device == "cuda" or device == "auto" and torch.cuda.is_available():
         if LOCAL_RANK >= torch.cuda.device_count():
             raise UserError(f"torchrun --nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs here")
         device = f"cuda:{LOCAL_RANK}"
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # before NCCL asks for it
     if not dist.is_initialized():
         global _store
         # What torchrun restarts would find the addresses of those that died in the same store under the same name.

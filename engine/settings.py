@@ -363,6 +363,6 @@ def stage_epochs(config):
 
 def differing_settings(config, there):
     """Settings in which a resolved config and that of a run differ, but for PER_MACHINE."""
-    filled = {"batch_size": config["batch_size"] == AUTO,
+    filled = {"batch_size": config["batch_size"] == AUTO, "amp": config["amp"] == AUTO,
               "layer": config["layer"] is None or cam.FROM_END.fullmatch(config["layer"])}  # by the run
     return [key for key in config if key not in PER_MACHINE and there.get(key) != config[key] and not filled.get(key)]

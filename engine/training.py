@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import os
 import time
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from engine.display import console
 from engine.files import UserError
 from engine.folder import read_log
 from engine.loader import Batches
-from engine.network import normalisation, pick_amp
+from engine.network import AMP, normalisation, pick_amp
 
 WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
 CLIP = 1.0  # largest norm of the gradient
@@ -92,7 +91,7 @@ class Training:
 
     def __init__(self, config, model, device, classes, steps, seats=None, explained=None):
         self.config, self.model, self.device, self.classes = config, model, device, classes
-        self.amp = pick_amp(config["amp"], device)
+        self.amp = AMP[pick_amp(config["amp"], device)]
         self.mean, self.std = (t.to(device) for t in normalisation(config, model))
         model.to(device, memory_format=torch.channels_last)
         groups = timm.optim.param_groups_weight_decay(model, WEIGHT_DECAY)
@@ -178,13 +177,7 @@ def _flat(tensors):
 
 
 def set_up(config, folder, parts, model, device, stage):
-    """`Training` for a stage, after the switches that are torch's own and not the network's."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = not config["deterministic"]
-    if config["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config["deterministic"])
+    """`Training` for a stage."""
     classes, share = len(parts.dataset.classes), 1 if config["step"] in proxy.AT_ONCE else proxy.SHARE
     seats = max(1, int(share * parts.batches.order.batch_size))
     explained = before.heat_network(config, classes, folder)
@@ -278,6 +271,10 @@ def load_last(t, stage):
         return state["epoch"], 0, None
     t.optimizer.load_state_dict(state["optimizer"])
     t.schedule.load_state_dict(state["schedule"])
+    if bool(state["scaler"]) != t.scaler.is_enabled():  # of a run whose config.json says amp auto, as older ones do
+        kind = "in float16" if state["scaler"] else "but not in float16"
+        raise UserError(f"{path}: began in mixed precision, {kind}, as its GPU had it; go on with a GPU of that kind",
+                        resumable=False)
     t.scaler.load_state_dict(state["scaler"])
     if state["waiting"] is not None:  # there may be another number of processes now
         own = (part.tensor_split(ranks.RANKS)[ranks.RANK] for part in state["waiting"])

@@ -39,7 +39,7 @@ def test_where_not_even_two_images_fit_the_error_says_what_else_to_try():
 @pytest.mark.parametrize("mode, largest", [("online", range(17, 25)), ("staged", [16])])  # a staged step erases nothing
 def test_a_trial_takes_real_steps_with_everything_selected_and_leaves_the_network_as_it_was(mode, largest, monkeypatch):
     options = {"model": "test_resnet", "pretrained": False, "image_size": 32, "budget": "extra", "mode": mode}
-    config = settings.resolve(settings.read_configs(), options) | {"schedule": "after:3"}
+    config = settings.resolve(settings.read_configs(), options) | {"schedule": "after:3", "reweight": "a run"}
     model, _ = before.first_network(config, ["a", "b"])
     weights, sizes, step = copy.deepcopy(model.state_dict()), [], training.Training.forward
 
@@ -55,6 +55,15 @@ def test_a_trial_takes_real_steps_with_everything_selected_and_leaves_the_networ
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
     with pytest.raises(torch.OutOfMemoryError):
         fit.trial_steps(train.train, config, model, ["a", "b"], CPU, 41)
+
+
+def test_a_runs_peak_memory_is_not_that_of_its_trials(monkeypatch):
+    called = []
+    for name in ("set_per_process_memory_fraction", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(fit, "trial_steps", lambda *_: called.append("trial"))
+    assert fit.fitting_batch(None, None, None, None, torch.device("cuda", 0), 100) == 10
+    assert "trial" in called and called[-1] == "reset_peak_memory_stats"
 
 
 def test_auto_needs_a_gpu_to_ask(capsys):

@@ -1,5 +1,6 @@
 """engine/network.py: networks that are built, and weights that are loaded and run nothing."""
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -11,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
-from engine import checkpoint, loader, network, settings
+import train
+from engine import checkpoint, launch, loader, network, predict, ranks, settings
 from engine.dataset import to_rgb
-from engine.files import UserError
+from engine.files import UserError, read_json
 from engine.settings import resolve
 
 CONFIGS = settings.read_configs()
@@ -129,3 +131,96 @@ def test_a_network_without_pretrained_weights_says_that_it_starts_from_random_on
     config = resolve(CONFIGS, {"model": "resnet18d"}) | {"pretrained": True, "model_entry": {"timm": bare}}
     with torch.device("meta"):
         assert "random weights, for timm has no pretrained ones" in network.build_network(config, 10)[1]
+
+
+# --- the device, which a stub plays: no GPU is needed ----------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Make torch believe in a GPU: gpu(capability, bfloat16, kernels); returns what the current one was set to."""
+    def pretend(capability=(8, 0), bfloat16=True, kernels=("sm_75", "sm_80", "sm_90")):
+        chosen = []
+        stubs = {"is_available": lambda: True, "current_device": lambda: 0, "device_count": lambda: 2,
+                 "get_device_capability": lambda device: capability, "get_arch_list": lambda: list(kernels),
+                 "get_device_name": lambda device: "Some GPU", "set_device": chosen.append,
+                 "is_bf16_supported": lambda including_emulation: bfloat16}
+        for name, stub in stubs.items():
+            monkeypatch.setattr(torch.cuda, name, stub)
+        monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+        return chosen
+
+    return pretend
+
+
+@pytest.mark.parametrize("name, index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_picked_with_its_index_and_becomes_the_current_one(name, index, gpu):
+    chosen = gpu()
+    assert network.pick_device(name) == torch.device("cuda", index) and chosen == [torch.device("cuda", index)]
+
+
+@pytest.mark.parametrize("capability, kernels, fits", [
+    ((7, 0), ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"], False),  # a V100 and torch 2.11
+    ((7, 0), ["sm_70", "sm_75", "sm_80"], True), ((8, 6), ["sm_80"], True), ((8, 0), ["sm_86"], False),
+    ((9, 0), ["sm_80", "sm_90a"], False), ((9, 0), ["sm_80", "compute_80"], True), ((12, 1), ["sm_120"], True),
+    ((6, 1), ["sm_60", "sm_70"], True), ((9, 0), ["gfx90a"], True)])
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused_when_it_is_picked(capability, kernels, fits, gpu):
+    gpu(capability, kernels=kernels)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="no kernels for Some GPU") as caught:
+        network.pick_device("auto")
+    if not fits:
+        assert f"sm_{capability[0]}{capability[1]}" in str(caught.value)
+        assert ("torch 2.10.0" in str(caught.value)) == (capability[0] == 7)
+
+
+def test_a_new_run_keeps_what_amp_auto_came_to_and_goes_on_in_it(trained, gpu):
+    assert read_json(trained("--amp", "auto", epochs=1) / "config.json")["amp"] == "off"
+    gpu(bfloat16=True)
+    cuda = torch.device("cuda", 0)
+    assert network.pick_amp("auto", cuda) == "bfloat16" and network.pick_amp("off", cuda) == "off"
+    gpu(bfloat16=False)
+    assert network.pick_amp("auto", cuda) == "float16"
+    with pytest.raises(UserError, match="--amp bfloat16: Some GPU cannot"):
+        network.pick_amp("bfloat16", cuda)
+
+
+def test_an_older_run_in_float16_does_not_go_on_without_its_scaler(trained, capsys):
+    folder = trained(epochs=1)
+    state = checkpoint.load_checkpoint(folder / "last.pt")
+    checkpoint.save_checkpoint(folder / "last.pt", state | {"scaler": torch.amp.GradScaler("cpu").state_dict()})
+    assert train.main(["--resume", str(folder)]) == 2
+    shown = capsys.readouterr().err
+    assert "began in mixed precision, in float16" in shown and shown.count("\n") == 1
+
+
+def test_what_is_reported_is_predicted_in_float32_that_nothing_rounds(trained, monkeypatch):
+    def precision():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    seen, real, before = [], predict.predict, precision()
+    monkeypatch.setattr(predict, "predict", lambda *arguments: seen.append(precision()) or real(*arguments))
+    trained(epochs=1)
+    assert seen[0] == before and seen[-1] == ("highest", False) and precision() == before
+
+
+@pytest.mark.parametrize("option", ["--deterministic", "--no-deterministic"])
+def test_a_run_that_goes_on_has_its_switches_before_anything_is_computed(option, trained):
+    folder = trained(option, epochs=1)
+    torch.use_deterministic_algorithms(option == "--no-deterministic")
+    launch.resume(folder, {})
+    assert torch.are_deterministic_algorithms_enabled() == (option == "--deterministic")
+    torch.use_deterministic_algorithms(False)
+
+
+def test_torchrun_gives_each_process_a_gpu_of_its_own(gpu, monkeypatch):
+    chosen = gpu()
+    for name, value in (("RANKS", 2), ("LOCAL_RANK", 1)):
+        monkeypatch.setattr(ranks, name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert [ranks.start(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    assert chosen == ["cuda:1", "cuda:1"]
+    with pytest.raises(UserError, match="give --device cuda"):
+        ranks.start("cuda:0")
+    monkeypatch.setattr(ranks, "LOCAL_RANK", 2)
+    with pytest.raises(UserError, match="more processes than the 2 GPUs here"):
+        ranks.start("cuda")
