@@ -289,7 +289,7 @@ def bench_train(options):
             def ours():  # as train.py does, without Proxy Attention
                 t.begin_epoch(None)
                 for step, (pixels, labels) in enumerate(parts.batches):
-                    images, labels = t.prepare(pixels, labels, 0, step)
+                    images, labels = t.prepare(pixels, labels, 0, step, len(parts.batches))
                     t.backward(proxy.plain(t.forward, images, labels, t.proxy).loss, step, len(parts.batches))
                 t.skips_in_a_row()
 

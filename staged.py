@@ -4,6 +4,7 @@
 
 Stage 1 trains. Each round has a stage 2, which erases, and a stage 3, which trains on. Each stage opens what the one
 before saved, and what it held is released at its end. Erased images lie in the run's folder, never in the dataset's.
+Under torchrun all processes take part in every stage; in stage 2 each erases batches of its own.
 """
 
 import csv
@@ -19,7 +20,7 @@ from PIL import Image
 
 import cam
 import proxy
-from engine import costs, display, files, predict
+from engine import costs, display, files, predict, ranks
 from engine.chance import shuffled
 from engine.dataset import Dataset, Pixels
 from engine.decoy import Decoy
@@ -42,7 +43,7 @@ def staged(config, folder, dataset, split, device, stop, epoch, train):
     train: the loop of `train.py`.
     """
     ends = list(itertools.accumulate(stage_epochs(config)))
-    done = stages_done(folder, ends, epoch)
+    done = {tuple(stage) for stage in ranks.from_first(stages_done, folder, ends, epoch)}
 
     def train_stage(dataset, split, stage):
         network = open_network(config, folder, dataset)
@@ -59,9 +60,9 @@ def staged(config, folder, dataset, split, device, stop, epoch, train):
         if (round_, 2) not in done:
             run_stage(folder, device, round_, 2, erase_stage, config, folder, dataset, split, device, round_)
         erased = ErasedRound(folder, round_)
-        found = erased.rows()
+        found, selected = erased.rows(), erased.counts()[1]
         if not found:
-            reason = f"the heat of all {erased.selected} selected images is zero" if erased.selected else \
+            reason = f"the heat of all {selected} selected images is zero" if selected else \
                 "no training image is misled" if config["select"] == "misled" else "no training image is selected"
             return record_end(folder, done, round_, reason)
         if (round_, 3) not in done:
@@ -72,7 +73,7 @@ def staged(config, folder, dataset, split, device, stop, epoch, train):
 
 
 def stages_done(folder, ends, epoch):
-    """{(round, stage)} of the stages that lie before the checkpoint; what lies behind it is removed."""
+    """(round, stage) of the stages that lie before the checkpoint; what lies behind it is removed."""
     def before_checkpoint(line):
         return [0, *ends][line["round"] + (line["stage"] in (1, 3))] <= epoch
 
@@ -81,25 +82,25 @@ def stages_done(folder, ends, epoch):
     for round_, start in enumerate(ends, 1):
         if start > epoch:
             shutil.rmtree(folder / "erased" / f"round-{round_}", ignore_errors=True)
-    return {(line["round"], line["stage"]) for line in kept}
+    return [(line["round"], line["stage"]) for line in kept]
 
 
 def run_stage(folder, device, round_, number, work, *arguments):
     """Call a stage, let go of all it held, and record it in `stages.jsonl` with the memory before and after."""
-    start, energy = time.perf_counter(), costs.Energy(device)
+    start, energy = time.perf_counter(), costs.Energy(device, first=ranks.LOCAL_RANK == 0)
     line = {"round": round_, "stage": number, **work(*arguments), "seconds": round(time.perf_counter() - start, 3),
-            "energy_wh": energy.watt_hours()}
+            "energy_wh": costs.added(ranks.everyone(energy.watt_hours()))}
     energy.close()
     costs.release(device)
     line["left_mb"] = costs.held_mb(device)
-    files.append_line(folder / "stages.jsonl", line)
+    ranks.from_first(files.append_line, folder / "stages.jsonl", line)  # the others then read what the stage wrote
     erased = f"{line['erased_images']} of {line['images']} training images erased, " if number == 2 else ""
     console.print(f"round {round_}, stage {number}: {erased}{line['seconds']:.1f} s, memory held {line['held_mb']} MB, "
                   f"after {line['left_mb']} MB", soft_wrap=True)
 
 
 def record_end(folder, done, round_, reason):
-    if (round_, None) not in done:
+    if (round_, None) not in done and ranks.RANK == 0:
         files.append_line(folder / "stages.jsonl", {"round": round_, "stage": None, "ended": reason})
     console.print(f"ended in round {round_}: {reason}", soft_wrap=True)
 
@@ -108,19 +109,20 @@ def erase_stage(config, folder, dataset, split, device, round_):
     """Stage 2: over the training images, find, explain, erase and save, in one forward pass each.
 
     The network is frozen, so that autograd keeps only what lies behind the explained layer. Images come in random
-    order, without augmentation; what is done already is not done again.
+    order, without augmentation. Batches that are done already are not done again; of the others each of several
+    processes takes every ranks-th one. What is drawn follows from the batch's place in the order, so that their number
+    changes nothing.
     """
     model = open_run(folder).network().to(device, memory_format=torch.channels_last).requires_grad_(False)
     amp, (mean, std) = AMP[pick_amp(config["amp"], device)], (t.to(device) for t in normalisation(config, model))
-    erased = ErasedRound(folder, round_)
-    erased.begin()
-    order = shuffled(split["train"], "stage 2", config["seed"], round_)[erased.images:]
-    label, number = dict(zip(dataset.ids, dataset.labels)), 0
+    erased, order = ErasedRound(folder, round_), shuffled(split["train"], "stage 2", config["seed"], round_)
+    starts = ranks.from_first(erased.left, len(order), config["batch_size"])[ranks.RANK::ranks.RANKS]
+    label, own = dict(zip(dataset.ids, dataset.labels)), [order[i:i + config["batch_size"]] for i in starts]
     with cam.CAM(model, config["cam"], config["layer"]) as explain:
         chooser = proxy.Proxy(config, explain, (mean, std))
-        batches = predict.batches_in_order(config, dataset, order, device)
-        for pixels, labels in display.progress(batches, f"round {round_}: erasing"):
-            chooser.key = (config["seed"], "round", round_, erased.images)
+        batches = predict.batches_in_order(config, dataset, list(itertools.chain(*own)), device)
+        for start, (pixels, labels) in zip(starts, display.progress(batches, f"round {round_}: erasing")):
+            chooser.key = (config["seed"], "round", round_, start)
             images, fresh = prepare(pixels, mean, std), torch.ones_like(labels, dtype=torch.bool)
             with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
                 logits = model(images)
@@ -132,48 +134,50 @@ def erase_stage(config, folder, dataset, split, device, round_):
             columns = (rows, predicted, confidence, mask.float().mean((1, 2)), copies.taken)
             entries = []
             for picture, row, best, sure, area, taken in zip(pictures, *(t.tolist() for t in columns)):
-                source = order[number + row]
+                source = order[start + row]
                 if taken:
                     entries.append((picture, {"source": source, "label": dataset.classes[label[source]],
                                               "predicted": dataset.classes[best], "confidence": f"{sure:.6f}",
                                               "area": f"{area:.6f}"}))
-            number += len(labels)
-            erased.add(entries, len(labels), len(copies.labels))
-    return {"images": erased.images, "selected": erased.selected, "erased_images": erased.count,
-            "held_mb": costs.held_mb(device)}
+            erased.add(start, entries, len(copies.labels))
+    held = ranks.everyone(costs.held_mb(device))  # and so the others wait until all have written theirs
+    images, selected, count = ranks.from_first(erased.join, len(order))
+    return {"images": images, "selected": selected, "erased_images": count,
+            "held_mb": max(filter(None, held), default=None)}
 
 
 class ErasedRound:
-    """A round's erased images: `erased/round-R/CLASS/ID.jpg`, `index.csv`, and in `progress.json` how far it has come.
+    """A round's erased images: `erased/round-R/CLASS/ID.jpg`, `index.csv`, and their counts in `progress.json`.
 
-    Of each batch the images come first, then their lines in the index, then the progress, each on the disk before the
-    next: all that the progress counts is there, and its `images` need not be explained again.
-    images: training images so far; selected: of these; count: those erased, whose heat is not zero everywhere.
+    Of each batch the images come first, then a file that names them, in `.batches`, each on the disk before the next: a
+    batch that has its file need not be explained again, whoever did it. At the end the first process joins these files
+    in the order of the batches.
     """
 
     def __init__(self, folder, number):
         self.run_folder = Path(folder)
         self.folder = self.run_folder / "erased" / f"round-{number}"
         self.index, self.progress = self.folder / "index.csv", self.folder / "progress.json"
+        self.batches = self.folder / ".batches"  # no class has this folder: `safe_name` begins with no dot
+
+    def counts(self):
+        """(training images, those selected, those erased: whose heat is not zero everywhere); zeros before the end."""
         state = files.read_json(self.progress) if self.progress.exists() else {}
-        self.images, self.selected, self.count = (state.get(key, 0) for key in ("images", "selected", "erased"))
+        return [state.get(key, 0) for key in ("images", "selected", "erased")]
 
     def rows(self):
         """The index's lines, dicts keyed by INDEX. file: relative to the run's folder; area: share of pixels."""
-        if not self.index.exists():
-            return []
         with open(self.index, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            return list(csv.DictReader(file))[: self.count]
+            return list(csv.DictReader(file))
 
-    def begin(self):
-        """Start the index anew, or cut off what was written after the last progress."""
-        files.make_folder(self.folder)
-        content = _lines([dict(zip(INDEX, INDEX)), *self.rows()])
-        files.write_atomically(self.index, lambda file: file.write(content))
-        self._save()
+    def left(self, images, batch_size):
+        """The number of the first image of each batch that is not done."""
+        files.make_folder(self.batches)
+        done = {int(path.stem) for path in self.batches.glob("*.json")}
+        return [] if self.counts()[0] == images else [i for i in range(0, images, batch_size) if i not in done]
 
-    def add(self, entries, images, selected):
-        """Write a batch's erased images, (uint8 [H, W, 3], its line but for file) each. selected: of `images` in it."""
+    def add(self, start, entries, selected):
+        """Write a batch's erased images, (uint8 [H, W, 3], its line but for file) each. start: its first image."""
         for picture, row in entries:
             folder = files.make_folder(self.folder / files.safe_name(row["label"]))
             path = folder / f"{files.safe_name(row['source'])}.jpg"
@@ -182,13 +186,19 @@ class ErasedRound:
             files.write_atomically(path, lambda file, image=image: image.save(file, **JPEG), sync_name=False)
         for folder in {(self.run_folder / row["file"]).parent for _, row in entries}:
             files.sync_folder(folder)
-        files.append_bytes(self.index, _lines([row for _, row in entries]))
-        self.count += len(entries)
-        self.images, self.selected = self.images + images, self.selected + selected
-        self._save()
+        batch = {"selected": selected, "rows": [row for _, row in entries]}
+        files.write_json(self.batches / f"{start:012}.json", batch)
 
-    def _save(self):
-        files.write_json(self.progress, {"images": self.images, "selected": self.selected, "erased": self.count})
+    def join(self, images):
+        """Write index and counts, once all batches of `images` in all are done. Returns `counts`."""
+        if self.counts()[0] < images:
+            batches = [files.read_json(path) for path in sorted(self.batches.glob("*.json"))]
+            rows = [row for batch in batches for row in batch["rows"]]
+            content, selected = _lines([dict(zip(INDEX, INDEX)), *rows]), sum(batch["selected"] for batch in batches)
+            files.write_atomically(self.index, lambda file: file.write(content))
+            files.write_json(self.progress, {"images": images, "selected": selected, "erased": len(rows)})
+        shutil.rmtree(self.batches, ignore_errors=True)
+        return self.counts()
 
 
 def _lines(rows):

@@ -48,7 +48,7 @@ def train(config, folder, dataset, split, model, device, stage, stop):
         t.begin_epoch(counts)
         take_step = t.proxy.step(epoch, accuracies)  # one of proxy.STEPS; plain in epochs in which nothing is erased
         for step, (pixels, labels) in enumerate(show(batches, epoch, stage, counts), first_step):
-            images, labels = t.prepare(pixels, labels, epoch, step)
+            images, labels = t.prepare(pixels, labels, epoch, step, len(batches))
             trained = take_step(t.forward, images, labels, t.proxy)
             updated, skipped = t.backward(trained.loss, step, len(batches))
             counts.add(trained, updated, skipped)
@@ -77,8 +77,6 @@ def run_to_its_end(ready, stop, any_code):
     epoch = ranks.from_first(launch.ready_checkpoint, folder, config, split, any_code)
     if config["mode"] == "resplit":
         console.print(f"--mode resplit: {metrics.LEAK}", soft_wrap=True)
-    if ranks.RANK == 0:
-        cache.keep_digests(dataset)
     text = ranks.from_first(cache.open_pixels, dataset, config) if dataset.pixels is None else None
     if ranks.RANK:
         cache.open_pixels(dataset, config, build=False)
@@ -113,7 +111,7 @@ def main(arguments=None):
             return 0
         result = evaluation.finish(ready.folder, ready.dataset, ready.device)
     except UserError as error:
-        if ranks.RANK == 0:
+        if ranks.first_to_say(error):
             show_error(error, ready)
         return 2
     except RuntimeError as error:

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 try:
@@ -27,7 +28,7 @@ class Counts:
     SHARED = ("optimizer_steps", "train_seconds", "cam_seconds")
 
     def __init__(self, device, energy, before=None):
-        self.energy, self.energy_start = energy, energy.watt_hours() or 0.0
+        self.energy, self.energy_start = energy, energy.watt_hours()
         self.device, self.before = device, dict.fromkeys((*self.ADDED, *self.SHARED), 0) | (before or {})
         # Loss times images, fresh images, those misled, erased images, and on rank 0 skipped steps, which all skip;
         # what was counted before is added to as if nothing had come between.
@@ -66,10 +67,11 @@ class Counts:
         """{name: number} of this process or of `everyone`; waits for the device."""
         sums = self.sums.tolist()
         cam_seconds = self.cam_seconds + sum(start.elapsed_time(end) for start, end in self.cam_events) / 1000
-        energy = (self.energy.watt_hours() or 0.0) - self.energy_start
+        energy = self.energy.watt_hours()
+        energy = None if None in (energy, self.energy_start) else energy - self.energy_start
         seconds = time.perf_counter() - self.start
         own = [*sums, self.images, self.second_pass_images, energy, self.steps, seconds, cam_seconds]
-        own = {key: self.before.get(key, 0) + value for key, value in zip((*self.ADDED, *self.SHARED), own)}
+        own = {key: added([self.before.get(key, 0), value]) for key, value in zip((*self.ADDED, *self.SHARED), own)}
         return merged(everyone(own))
 
     def totals(self, everyone=lambda value: [value]):
@@ -77,14 +79,18 @@ class Counts:
         found = self.so_far(everyone)
         loss, fresh, wrong = (found.pop(key) for key in ("loss", "fresh", "wrong"))
         found |= {key: int(found[key]) for key in ("erased_images", "skipped_steps")}
-        found["energy_wh"] = found["energy_wh"] if self.energy.source else None
         return {"train_loss": loss / max(found["images_seen"], 1), "train_accuracy": 1 - wrong / max(fresh, 1),
                 "misled": wrong / max(fresh, 1), **found}
 
 
 def merged(counts):
     """What several processes counted, as one."""
-    return {key: (sum if key in Counts.ADDED else max)(each[key] for each in counts) for key in counts[0]}
+    return {key: (added if key in Counts.ADDED else max)([each[key] for each in counts]) for key in counts[0]}
+
+
+def added(values):
+    """Their sum; None where one of them is not known, for the rest would pass as the whole."""
+    return None if None in values else sum(values)
 
 
 def memory(device):
@@ -120,50 +126,72 @@ def release(device):
 
 
 class Energy:
-    """Energy that this process's devices took since it was made, from counters of the hardware itself.
+    """Energy that this process's device took since it was made, from a counter of the hardware itself.
 
-    source: what was read: "NVML" for the GPU that the process uses, "RAPL" for the CPU packages (of several processes
-    on one machine the first reads them); None where there is neither. A thread reads RAPL now and then, as its counters
-    start again from zero every few minutes under load; `close` ends it.
+    source: what is read: "NVML" for a GPU; "RAPL" for the CPU packages, where training runs on these (of several
+    processes on one machine the first reads them); None where there is neither. A counter counts the whole device,
+    whoever uses it. Of runs side by side (`--jobs`) each would count the others' energy too, and nothing tells whose it
+    was: `shared` names the counters that are not read for that. A thread reads RAPL now and then, as its counters start
+    again from zero every few minutes under load; it ends with `close`, or with this object.
     """
 
     PAUSE = 20.0  # seconds between two readings; a package at 1,000 W takes over four minutes to fill its counter
+    shared = frozenset()  # of {"NVML", "RAPL"}; `experiment.run_cell` sets it
 
     def __init__(self, device, powercap="/sys/class/powercap", first=True):
-        self._gpu, self._zones, self._joules = None, [], 0.0
-        self._lock, self._end = threading.Lock(), threading.Event()
-        if device.type == "cuda":
-            with contextlib.suppress(Exception):  # no library, no driver, or a GPU too old to count
-                import pynvml
-
-                pynvml.nvmlInit()
-                handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-                self._gpu = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-                self._gpu_start = self._gpu()
-        for zone in sorted(Path(powercap).glob("intel-rapl:*")) if first else []:
-            with contextlib.suppress(OSError, ValueError):
-                if (zone / "name").read_text().startswith("package"):
-                    self._zones.append([zone / "energy_uj", int((zone / "energy_uj").read_text()),
-                                        int((zone / "max_energy_range_uj").read_text())])
-        self.source = " and ".join(["NVML"] * (self._gpu is not None) + ["RAPL"] * bool(self._zones)) or None
-        if self._zones:
-            threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self):
-        while not self._end.wait(self.PAUSE):
-            self.watt_hours()
+        self._lock, end, read = threading.Lock(), threading.Event(), None
+        with contextlib.suppress(Exception):  # no library, no driver, a GPU without the counter, a file closed to us
+            if device.type == "cuda" and "NVML" not in self.shared:
+                read = _gpu_joules(device)
+            elif device.type == "cpu" and "RAPL" not in self.shared and first:
+                read = _package_joules(Path(powercap))
+        self.source = read and ("NVML" if device.type == "cuda" else "RAPL")
+        self._read = (lambda: 0.0) if device.type == "cpu" and not first else read
+        self.close = weakref.finalize(self, end.set)  # also where an error ends a run before it is called
+        if self.source == "RAPL":
+            threading.Thread(target=_watch, args=(weakref.ref(self), end), name="RAPL", daemon=True).start()
 
     def watt_hours(self):
-        """Watt hours so far; None where nothing can be read."""
-        if self.source is None:
-            return None
+        """Watt hours so far; None where nothing can be read, and from when it once could not: a part is no total."""
         with self._lock:
-            for zone in self._zones:
-                with contextlib.suppress(OSError, ValueError):
-                    path, before, span = zone
-                    zone[1] = int(path.read_text())
-                    self._joules += (zone[1] - before) % (span + 1) / 1e6
-            return (self._joules + (self._gpu() - self._gpu_start if self._gpu else 0)) / 3600
+            try:
+                return self._read() / 3600 if self._read else None
+            except Exception:  # the system's, or NVML's own kinds
+                self._read = None
 
-    def close(self):
-        self._end.set()
+
+def _gpu_joules(device):
+    """A function that gives the joules that a GPU took since now. Raises what NVML raises."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # millijoules; virtual GPUs have no such counter
+    return lambda: (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1000
+
+
+def _package_joules(powercap):
+    """The same for the CPU packages; None where there are none. Raises OSError or ValueError."""
+    def number(zone, name):
+        return int((zone / name).read_text())
+
+    zones = [z for z in sorted(powercap.glob("intel-rapl:*")) if (z / "name").read_text().startswith("package")]
+    state = {zone: (number(zone, "energy_uj"), number(zone, "max_energy_range_uj") + 1) for zone in zones}
+    total = 0
+
+    def read():
+        nonlocal total
+        for zone, (before, span) in state.items():
+            now = number(zone, "energy_uj")
+            state[zone] = now, span
+            total += (now - before) % span
+        return total / 1e6
+
+    return read if zones else None
+
+
+def _watch(reference, end):
+    """Read an `Energy` now and then, without keeping it alive."""
+    while not end.wait(Energy.PAUSE) and (energy := reference()):
+        energy.watt_hours()
+        del energy

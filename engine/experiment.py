@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from engine import files, folder, settings
+from engine import costs, files, folder, settings
 from engine.display import console
 from engine.files import UserError
 
@@ -234,7 +234,9 @@ def start_cells(waiting, running, jobs, any_code):
         device = f"cuda:{slot % gpus}" if gpus > 1 and cell.options.get("device", "auto") == "auto" else None
         files.make_folder(output_of(cell).parent)
         files.append_bytes(output_of(cell), b"")  # here a folder that is closed to us is one line
-        arguments = command(cell, device, any_code)[1:], str(output_of(cell)), threads
+        alone = device and jobs <= gpus  # on its GPU
+        shared = [] if jobs == 1 else ["RAPL"] if alone else ["RAPL", "NVML"]
+        arguments = command(cell, device, any_code)[1:], str(output_of(cell)), threads, shared
         process = processes.Process(target=run_cell, args=arguments)
         process.start()
         running[slot] = cell, process, time.perf_counter()
@@ -243,10 +245,11 @@ def start_cells(waiting, running, jobs, any_code):
         raise UserError(f"{name} starts from {needs}, which is not finished; first run that")
 
 
-def run_cell(arguments, output, threads):
+def run_cell(arguments, output, threads, shared):
     """The cell's process: the program and its arguments as if typed; what it prints is added to the file `output`.
 
     It has a group of its own, so that Ctrl-C reaches it once, through us. threads: of torch; None: its own choice.
+    shared: the energy counters that are not this run's alone, which therefore has no `energy_wh` of them.
     """
     if hasattr(os, "setsid"):
         os.setsid()
@@ -258,6 +261,7 @@ def run_cell(arguments, output, threads):
     multiprocessing.set_start_method(None, force=True)  # processes that decode images start as in any run
     if threads:
         torch.set_num_threads(threads)
+    costs.Energy.shared = frozenset(shared)
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")  # by its path: another train.py may lie in the current folder
 

@@ -176,7 +176,7 @@ def describe_environment(dataset, device):
 
     commit = git("rev-parse", "HEAD")
     energy = costs.Energy(device)
-    energy.close()
+    energy.close()  # with its thread: only the source is asked for
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": sys.argv, "commit": commit,
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,

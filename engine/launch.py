@@ -159,6 +159,7 @@ def start(options, dry_run, show_sheet, train):
     before.keep_heat_network(first, path)
     files.write_json(path / "split.json", split)
     files.write_json(path / "config.json", config)  # last: a folder with it is a run that can be resumed
+    cache.keep_digests(dataset)
     console.print(f"{path}: {text}", markup=False, soft_wrap=True)
     return Ready(config, path, dataset, split, model, device)
 
@@ -220,30 +221,35 @@ def resume(path, options):
     if ranks.RANK == 0:
         files.sweep(path)
     config = opened.config | options
-    device = network.pick_device(config["device"])
+    device, dataset = network.pick_device(config["device"]), opened.dataset()
     network.set_switches(config, device)
+    if ranks.RANK == 0:
+        cache.keep_digests(dataset)
     if network.pick_amp(config["amp"], device) != "off" and device.type == "cpu":
         console.print(f"{path}: goes on in {config['amp']}, as it began; on a CPU that is slow", soft_wrap=True)
-    return Ready(config, opened.folder, opened.dataset(), opened.split, None, device)
+    return Ready(config, opened.folder, dataset, opened.split, None, device)
 
 
 def start_together(options, other, train):
-    """`start` or `resume`; of several processes rank 0 makes the run, and the others open it."""
+    """`start` or `resume`; of several processes rank 0 makes or opens the run, and then the others open it.
+
+    So rank 0 alone reads and hashes a dataset's files; the others find its list of them in the cache.
+    """
     config = shared_config(options, other) if ranks.RANKS > 1 and not other["resume"] else None
     options["device"] = ranks.start(options.get("device", "auto"))
-    if other["resume"]:
-        return resume(other["resume"], options)
-    if config is None:
-        return start(options, other["dry_run"], other["show"], train)
     ready = []
 
     def first():
-        path = interrupted_run(config) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
-        ready.append(resume(path, {}) if path else start(options, False, False, train))
-        return str(ready[0].folder)
+        if other["resume"]:
+            ready.append(resume(other["resume"], options))
+        elif config and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (path := interrupted_run(config)):
+            ready.append(resume(path, {}))
+        else:
+            ready.append(start(options, other["dry_run"], other["show"], train))
+        return ready[0] and str(ready[0].folder)
 
     path = ranks.from_first(first)
-    return ready[0] if ready else resume(path, {"device": options["device"]})
+    return ready[0] if ready else resume(path, options if other["resume"] else {"device": options["device"]})
 
 
 def shared_config(options, other):
@@ -251,8 +257,6 @@ def shared_config(options, other):
     if other["dry_run"]:
         raise UserError("--dry-run: leave torchrun out")
     config = settings.resolve(settings.read_configs(), options)
-    if config["mode"] == "staged":
-        raise UserError("--mode staged runs in one process: leave torchrun out")
     if config["batch_size"] == settings.AUTO:
         raise UserError("--batch-size auto tries steps in one process: leave torchrun out to see its number, then give "
                         "that times the number of processes")

@@ -73,7 +73,8 @@ def group_metrics(labels, logits, groups, classes):
 def costs(log, prediction_seconds, stages=()):
     """What a run cost: sums over its epochs, and of memory the peaks. None where the machine cannot measure it.
 
-    log, stages: the lines of `log.jsonl` and `stages.jsonl`. energy_wh: of training, from counters of the hardware.
+    log, stages: the lines of `log.jsonl` and `stages.jsonl`. energy_wh: of training, from counters of the hardware;
+    None where one of these lines has none.
     second_pass_images: images that went through the network once more, for their heat alone: with --same-step each
     batch that is erased, and in a staged run the training images of each stage 2, whose seconds count as training and
     as heat.
@@ -84,7 +85,7 @@ def costs(log, prediction_seconds, stages=()):
     def total(key):
         return sum(line[key] for line in log)
 
-    energies = [line["energy_wh"] for line in (*log, *erasing) if line["energy_wh"] is not None]
+    energies = [line["energy_wh"] for line in (*log, *erasing)]
     seconds = total("train_seconds") + erasing_seconds
     return {
         "train_seconds": round(seconds, 3),
@@ -98,7 +99,7 @@ def costs(log, prediction_seconds, stages=()):
         "images_per_second": round(total("images_seen") / seconds, 2) if seconds else None,
         **{key: max((line[key] for line in log if line[key] is not None), default=None)
            for key in ("peak_gpu_allocated_mb", "peak_gpu_reserved_mb", "peak_host_mb")},
-        "energy_wh": round(sum(energies), 4) if energies else None,
+        "energy_wh": None if None in energies else round(sum(energies), 4),
     }
 
 

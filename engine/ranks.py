@@ -61,6 +61,20 @@ def everyone(value):
     return values
 
 
+def to_first(tensor):
+    """On rank 0 a list of the tensors of all ranks, on the CPU; None on the others, who receive none of them."""
+    own = tensor.cpu().contiguous()
+    about = everyone((list(own.shape), str(own.dtype).removeprefix("torch.")))
+    if RANK:
+        dist.send(own.flatten().view(torch.uint8), 0)  # as bytes, for gloo does not send every dtype
+        return None
+    found = [own]
+    for rank, (shape, dtype) in enumerate(about[1:], 1):
+        found.append(torch.empty(shape, dtype=getattr(torch, dtype)))
+        dist.recv(found[-1].flatten().view(torch.uint8), rank)
+    return found
+
+
 def from_first(function, *arguments):
     """What rank 0 gets from the function, plain as in JSON, or its UserError, on every rank; the others wait."""
     if RANKS == 1:
@@ -81,11 +95,27 @@ def from_first(function, *arguments):
     return value
 
 
+def first_to_say(text):
+    """Whether this process is the first that reports an error: one of all may be found by all, or by any of them."""
+    if _store is None:
+        return RANK == 0
+    try:
+        return _store.add(f"said {text}", 1) == 1
+    except RuntimeError:  # the process that kept the store has ended
+        return True
+
+
 def wrap(model, device):
     """The model as the ranks train it together, with gradients averaged."""
     if RANKS == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def average(model, now):
+    """Whether the next backward pass averages the gradients. DDP arms for it in the forward pass: call this before."""
+    if RANKS > 1:
+        model.require_backward_grad_sync = now  # what `no_sync` sets, around a block
 
 
 def share_buffers(model):

@@ -1,6 +1,5 @@
 """What the loop of `train.py` works with: the parts of the data, the network in training, and its checkpoints."""
 
-import contextlib
 import functools
 import math
 import time
@@ -19,7 +18,7 @@ from engine.chance import stable_seed
 from engine.display import console
 from engine.files import UserError
 from engine.folder import read_log
-from engine.loader import Batches
+from engine.loader import Batches, pixels_of, prepare
 from engine.network import AMP, normalisation, pick_amp
 
 WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
@@ -99,9 +98,8 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config["lr"], pct_start=WARM_UP_SHARE,
                                                             total_steps=max(FEWEST_STEPS, steps))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        self.network = ranks.wrap(model, device)
-        if config["compile"]:
-            self.network = torch.compile(self.network)
+        self.shared = ranks.wrap(model, device)
+        self.network = torch.compile(self.shared) if config["compile"] else self.shared
         self.energy = costs.Energy(device, first=ranks.LOCAL_RANK == 0)
         self.skipped, self.row = [], []  # ((epoch, step), bool on the device) since the last `check_finite`; its end
         self.statistics = [b for b in model.buffers() if b.is_floating_point()]
@@ -123,12 +121,20 @@ class Training:
         self.proxy.counts, self.kept = counts, _flat(self.statistics)
         self.model.train()
 
-    def prepare(self, pixels, labels, epoch, step):
-        """Augmented images and their labels. Order, augmentation and dropout follow from (seed, epoch, step) alone."""
+    def prepare(self, pixels, labels, epoch, step, steps):
+        """Augmented images and their labels. Order, augmentation and dropout follow from (seed, epoch, step) alone.
+
+        steps: batches of an epoch. Several processes average gradients in the last batch of an optimizer step alone.
+        """
+        ranks.average(self.shared, self.updates(step, steps))
         key = self.proxy.key = (self.config["seed"], epoch, step)
         torch.manual_seed(stable_seed("step", *key, *[ranks.RANK] * (ranks.RANK > 0)))
         place = (ranks.RANK * len(labels), ranks.RANKS * len(labels))
         return data.augment(pixels, labels, self.mean, self.std, self.classes, self.config, key, place)
+
+    def updates(self, step, steps):
+        """Whether the optimizer steps after this batch: every --accumulate-th, and the last of an epoch's `steps`."""
+        return (step + 1) % self.config["accumulate"] == 0 or step + 1 == steps
 
     def backward(self, loss, step, steps):
         """Gradients of one batch, and after every --accumulate-th a step of the optimizer, if they are finite.
@@ -137,10 +143,8 @@ class Training:
         """
         every = self.config["accumulate"]
         together = min(every, steps - step // every * every)  # the last ones of an epoch may be fewer
-        updated = (step + 1) % every == 0 or step + 1 == steps
-        with contextlib.nullcontext() if updated or ranks.RANKS == 1 else self.network.no_sync():
-            self.scaler.scale(loss / together).backward()
-        if not updated:
+        self.scaler.scale(loss / together).backward()
+        if not self.updates(step, steps):
             return False, None
         self.scaler.unscale_(self.optimizer)
         skipped = ~torch.isfinite(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
@@ -243,16 +247,22 @@ def finish_epoch(t, line):
 
 def save_last(t, epoch, step, counts=None):
     """`last.pt`: all that the run goes on with after `epoch` epochs and `step` batches, of all ranks."""
-    waiting = t.proxy.waiting
-    waiting = ranks.everyone(None if waiting is None else [part.cpu() for part in waiting])
+    waiting = None if t.proxy.waiting is None else [ranks.to_first(part) for part in packed(t)]
     counts = None if counts is None else ranks.everyone(counts.so_far())
     if ranks.RANK == 0:
-        waiting = [part for part in waiting if part is not None]
         checkpoint.keep_previous(t.folder / "last.pt", t.folder / "previous.pt")
         checkpoint.save_checkpoint(t.folder / "last.pt", {
             "made_with": t.made_with, "epoch": epoch, "step": step, "model": t.model.state_dict(),
             "optimizer": t.optimizer.state_dict(), "schedule": t.schedule.state_dict(), "scaler": t.scaler.state_dict(),
-            "counts": counts, "waiting": [torch.cat(parts) for parts in zip(*waiting)] if waiting else None})
+            "counts": counts, "waiting": waiting and [torch.cat(parts) for parts in waiting]})
+
+
+def packed(t):
+    """The images that wait, for a checkpoint: pixels, uint8, where these give the same bits back on every rank."""
+    images = t.proxy.waiting.images
+    pixels = pixels_of(images, t.mean, t.std)
+    exact = torch.equal(prepare(pixels, t.mean, t.std).view(torch.int32), images.view(torch.int32))
+    return t.proxy.waiting._replace(images=pixels if all(ranks.everyone(exact)) else images)
 
 
 def load_last(t, stage):
@@ -261,7 +271,7 @@ def load_last(t, stage):
     Returns the finished epochs, the batches after them, and the epoch's `Counts` so far or None.
     """
     path = t.folder / "last.pt"
-    state = checkpoint.load_checkpoint(path, t.device) if path.exists() else None
+    state = checkpoint.load_checkpoint(path) if path.exists() else None
     if ranks.RANK == 0:
         files.cut_lines(t.folder / "log.jsonl", state["epoch"] if state else 0)  # what follows happens again
     if state is None:
@@ -277,8 +287,9 @@ def load_last(t, stage):
                         resumable=False)
     t.scaler.load_state_dict(state["scaler"])
     if state["waiting"] is not None:  # there may be another number of processes now
-        own = (part.tensor_split(ranks.RANKS)[ranks.RANK] for part in state["waiting"])
-        t.proxy.waiting = proxy.Waiting(*own)
+        own = proxy.Waiting(*(part.tensor_split(ranks.RANKS)[ranks.RANK].to(t.device) for part in state["waiting"]))
+        pixels = own.images.dtype == torch.uint8
+        t.proxy.waiting = own._replace(images=prepare(own.images, t.mean, t.std)) if pixels else own
     every, counts = state["counts"], None
     if every is not None:
         if len(every) != ranks.RANKS:
