@@ -124,7 +124,7 @@ def main(arguments=None):
             raise
         return 2
     except (KeyboardInterrupt, ranks.Stopped) as stopped:
-        go_on = f"; go on with python train.py --resume {ready.folder}" if ready else \
+        go_on = f"; go on with {ranks.LAUNCHER} train.py --resume {ready.folder}" if ready else \
             "; the same command goes on" if other.get("experiment") else ""
         if ranks.RANK == 0:
             print(f"\ntrain.py: interrupted{go_on}", file=sys.stderr)
@@ -139,7 +139,8 @@ def main(arguments=None):
 
 def show_error(error, ready):
     """A UserError as one line, with how to go on where a run has begun."""
-    go_on = f". Then go on with python train.py --resume {ready.folder}" if ready and error.resumable else ""
+    command = f"{ranks.LAUNCHER} train.py --resume {ready.folder}" if ready else ""
+    go_on = f". Then go on with {command}" if ready and error.resumable else ""
     print(files.one_line(f"train.py: {error}{go_on}"), file=sys.stderr)
 
 

@@ -20,6 +20,9 @@ from engine.files import UserError
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+HERE = int(os.environ.get("LOCAL_WORLD_SIZE", RANKS))  # processes on this machine
+LAUNCHER = "python" if RANKS == 1 else "torchrun " + f"--nnodes {RANKS // HERE} … " * (RANKS > HERE) + \
+    f"--nproc-per-node {HERE}"  # what a user types before train.py to go on
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that all take part in it
 PAUSE = 0.1  # seconds from asking for rank 0's answer to asking again; it may decode a dataset meanwhile
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
