@@ -132,17 +132,17 @@ class TrainProcess:
     """`train.py` with arguments, in a process of its own, or in several as under torchrun; its output goes to files.
 
     limit: of what it may write to one file, in bytes. configs: another configs.json. every_step: it writes a checkpoint
-    after each step.
+    after each step. target: what calls `_train_main`, given its arguments.
     """
 
-    def __init__(self, arguments, path, ranks=1, limit=None, configs=None, every_step=False):
+    def __init__(self, arguments, path, ranks=1, limit=None, configs=None, every_step=False, target=_train_main):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.paths = [path.with_suffix(f".{rank}.txt") for rank in range(ranks)]
         words = list(map(str, arguments))
-        self.processes = [quickly.Process(target=_train_main, args=(words, str(p), rank, ranks, port, limit, configs,
-                                                                    every_step)) for rank, p in enumerate(self.paths)]
+        self.processes = [quickly.Process(target=target, args=(words, str(p), rank, ranks, port, limit, configs,
+                                                              every_step)) for rank, p in enumerate(self.paths)]
         for process in self.processes:
             process.start()
 

@@ -1,16 +1,21 @@
 """Several processes that train one network, and runs that a signal stops: real processes, with gloo on the CPU."""
 
 import contextlib
+import functools
+import json
+import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 
+import conftest
 import pytest
 import torch
 
-from engine import files
+from engine import cache, files, ranks
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.folder import read_log
 from engine.settings import HERE
@@ -86,7 +91,6 @@ def test_the_ranks_validate_the_network_that_is_saved(tmp_path, train_process):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--batch-size", "63"], "2 processes cannot share it evenly"),
-    (["--mode", "staged"], "--mode staged runs in one process: leave torchrun out"),
     (["--batch-size", "auto"], "--batch-size auto tries steps in one process"),
     (["--dry-run"], "--dry-run: leave torchrun out")])
 def test_a_mistake_is_printed_once(arguments, message, tmp_path, train_process):
@@ -109,6 +113,130 @@ def test_a_process_that_dies_ends_the_job_and_torchrun_goes_on_with_it(tmp_path)
     assert process.returncode == 0, err
     assert [line["epoch"] for line in read_log(tmp_path / "r")] == list(range(1, 13))
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["r"]
+
+
+# What each process does, counted in it.
+
+
+def counted(*arguments):
+    """In a process of its own: `train.py`; beside its output a file tells what it did, and sent to all others."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    wrap, recv, everyone, read_file = ranks.wrap, torch.distributed.recv, ranks.everyone, cache.read_file
+    seen = {"averaged": 0, "received": 0, "largest": 0, "hashed": 0}
+
+    def averaged(group, bucket):
+        seen["averaged"] += bucket.is_last()
+        return allreduce_hook(group, bucket)
+
+    def wrapped(model, device):
+        model = wrap(model, device)
+        if ranks.RANKS > 1:
+            model.register_comm_hook(None, averaged)
+        return model
+
+    def noted(key, function, size=lambda *given: 1):
+        def inner(*given):
+            seen[key] = max(seen[key], size(*given)) if key == "largest" else seen[key] + 1
+            return function(*given)
+
+        return inner
+
+    ranks.wrap, torch.distributed.recv = wrapped, noted("received", recv)
+    ranks.everyone = noted("largest", everyone, lambda value: len(pickle.dumps(value)))
+    cache.read_file = noted("hashed", read_file)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # inductor takes minutes, and changes no hook
+    torch.set_num_threads(1)
+    try:
+        conftest._train_main(*arguments)
+    finally:
+        with open(arguments[1] + ".json", "w") as file:
+            json.dump(seen, file)
+
+
+def restarted(*arguments):
+    """In a process of its own: `counted`, as torchrun starts it anew after one has died."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    counted(*arguments)
+
+
+def seen_by(process):
+    return [files.read_json(f"{path}.json") for path in process.paths]
+
+
+SEVEN = [*TINY, "--train-fraction", "0.35", "--image-size", "64", "--select", "all"]  # batches an epoch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate, step, more", [
+    (1, "online", []), (2, "online", ["--compile"]), (3, "online", []), (3, "same_step", []), (3, "heat_from", []),
+    (3, "same_step", ["--cam", "none"])])
+def test_gradients_are_averaged_once_in_each_step_of_the_optimizer(accumulate, step, more, alone_and_together, tmp_path,
+                                                                   train_process):
+    """And where nothing depends on who has an image, the weights are those of one process with the same batches."""
+    arguments = [*SEVEN, "--epochs", "2", "--accumulate", accumulate, "--step", step, *more, "--out", tmp_path]
+    if step == "heat_from":
+        first = train_process([*SEVEN, "--cam", "none", "--epochs", "1", "--out", tmp_path, "--name", "first"])
+        assert first.wait() == 0, first.output()
+        arguments += ["--heat-from", tmp_path / "first"]
+    process = train_process([*arguments, "--name", "two"], ranks=2, target=counted)
+    assert process.wait() == 0, process.output()
+    steps = [line["optimizer_steps"] for line in read_log(tmp_path / "two")]
+    assert steps == [math.ceil(7 / accumulate)] * 2
+    assert [seen["averaged"] for seen in seen_by(process)] == [sum(steps)] * 2
+    if step == "online":  # its seats and draws are each process's own
+        return
+    process = train_process([*arguments, "--name", "one"], target=counted)
+    assert process.wait() == 0, process.output()
+    weights = [load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two")]
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=2e-3) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_takes_the_images_that_wait_to_the_first_process_alone(tmp_path, train_process):
+    process = train_process(["--train-fraction", "0.15", "--epochs", "1", "--select", "all", "--out", tmp_path,
+                             "--name", "r"], ranks=2, target=counted, every_step=True)
+    assert process.wait() == 0, process.output()
+    first, second = seen_by(process)
+    assert first["received"] > 0 and second["received"] == 0
+    assert first["largest"] < 1000 and second["largest"] < 1000  # bytes that all get from each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["new", "resumed", "restarted"])
+def test_the_first_process_alone_reads_a_dataset_to_list_it(how, asl, tmp_path, train_process):
+    arguments = ["--dataset", "folder", "--data-dir", asl / "asl_alphabet_train" / "asl_alphabet_train", "--model",
+                 "test_resnet", "--no-pretrained", "--image-size", "32", "--batch-size", "4", "--epochs", "1",
+                 "--workers", "0", "--cam", "none", "--out", tmp_path, "--name", "r"]
+    if how != "new":
+        assert train_process(arguments).wait() == 0
+        (tmp_path / "r" / "metrics.json").unlink()
+        for path in (tmp_path / ".cache").glob("digests-*"):
+            path.unlink()
+    process = train_process(["--resume", tmp_path / "r"] if how == "resumed" else arguments, ranks=2,
+                            target=restarted if how == "restarted" else counted)
+    assert process.wait() == 0, process.output()
+    assert [seen["hashed"] for seen in seen_by(process)] == [30, 0]
+
+
+def fails_alone(*arguments):
+    """In a process of its own: `train.py`, whose second process finds an error that no other has."""
+    real = ranks.wrap
+
+    def wrap(model, device):
+        if ranks.RANK == 1:
+            raise files.UserError("a.jpg: cannot be read")
+        return real(model, device)
+
+    ranks.wrap = wrap
+    conftest._train_main(*arguments)
+
+
+def test_an_error_of_any_process_is_printed(tmp_path, train_process):
+    process = train_process([*TINY, "--cam", "none", "--out", tmp_path, "--name", "r"], ranks=2, target=fails_alone)
+    process.processes[1].join(60)
+    assert process.processes[1].exitcode == 2
+    assert process.paths[1].read_text().count("train.py: a.jpg: cannot be read. Then go on with python") == 1
 
 
 # Signals.
