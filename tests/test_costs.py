@@ -1,11 +1,19 @@
 """engine/costs.py: energy from the hardware's own counters, and what processes counted, as one."""
 
+import gc
+import sys
+import threading
+from types import SimpleNamespace
+
+import bench
 import pytest
 import torch
 
-from engine import costs
+import eval as evaluation
+import train
+from engine import costs, files, metrics
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def counter(folder, name, energy, number=0, span=999_999):
@@ -31,6 +39,137 @@ def test_energy_is_the_packages_own_count_also_when_it_starts_again(tmp_path):
 def test_where_nothing_counts_energy_there_is_no_figure(tmp_path):
     energy = costs.Energy(CPU, tmp_path)
     assert energy.source is None and energy.watt_hours() is None
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """A GPU whose counter gives the millijoules of this list, one at each reading; from then on it fails."""
+    readings = []
+
+    def read(handle):
+        if not readings:
+            raise RuntimeError("Not Supported")  # pynvml's own kind of error, as virtual GPUs give it
+        return readings.pop(0)
+
+    library = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+                              nvmlDeviceGetTotalEnergyConsumption=read)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0"))
+    return readings
+
+
+def test_a_gpus_energy_is_the_difference_of_its_counter(nvml, tmp_path):
+    counter(tmp_path, "package-0", 0)
+    nvml += [5_000, 5_000, 3_605_000]
+    energy = costs.Energy(GPU, tmp_path)
+    assert energy.source == "NVML" and energy.watt_hours() == 0 and energy.watt_hours() == 1
+
+
+def test_a_gpu_without_an_energy_counter_gives_no_figure(nvml, tmp_path):
+    counter(tmp_path, "package-0", 0)
+    energy = costs.Energy(GPU, tmp_path)
+    assert energy.source is None and energy.watt_hours() is None
+
+
+def test_once_a_counter_has_failed_there_is_no_figure_for_that_time(nvml):
+    nvml += [0, 0, 1_000]
+    energy = costs.Energy(GPU)
+    counts = costs.Counts(CPU, energy)
+    assert counts.totals()["energy_wh"] == pytest.approx(1 / 3600)
+    assert counts.totals()["energy_wh"] is None
+    nvml += [2_000] * 3  # it counts again, but what came between is not known
+    assert counts.totals()["energy_wh"] is None and costs.Counts(CPU, energy).totals()["energy_wh"] is None
+
+
+def test_a_package_that_cannot_be_read_any_more_gives_no_figure(tmp_path):
+    counter(tmp_path, "package-0", 0)
+    counter(tmp_path, "package-1", 0, 1)
+    energy = costs.Energy(CPU, tmp_path)
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert energy.watt_hours() is None
+    energy.close()
+
+
+def test_a_run_whose_energy_is_known_in_part_has_no_total():
+    line = dict.fromkeys(("train_seconds", "cam_seconds", "eval_seconds", "images_seen", "erased_images",
+                          "second_pass_images", "optimizer_steps", "skipped_steps", "peak_gpu_allocated_mb",
+                          "peak_gpu_reserved_mb", "peak_host_mb"), 1)
+    known, unknown = line | {"energy_wh": 0.5}, line | {"energy_wh": None}
+    assert metrics.costs([known, known], 0)["energy_wh"] == 1
+    assert metrics.costs([known, unknown], 0)["energy_wh"] is None
+
+
+def test_of_processes_that_share_packages_the_first_counts_them(tmp_path):
+    counter(tmp_path, "package-0", 0)
+    first, second = (costs.Energy(CPU, tmp_path, first) for first in (True, False))
+    counts = [costs.Counts(CPU, energy) for energy in (first, second)]
+    counter(tmp_path, "package-0", 720_000)
+    every = [each.so_far() for each in counts]
+    assert second.source is None and costs.merged(every)["energy_wh"] == pytest.approx(0.0002)
+    assert costs.merged([every[0], every[1] | {"energy_wh": None}])["energy_wh"] is None
+    first.close()
+
+
+def test_a_counter_that_other_runs_share_is_not_read(nvml, tmp_path, monkeypatch):
+    counter(tmp_path, "package-0", 0)
+    nvml += [0] * 10
+    for shared, expected in (({"RAPL"}, ["NVML", None]), ({"RAPL", "NVML"}, [None, None])):
+        monkeypatch.setattr(costs.Energy, "shared", frozenset(shared))
+        assert [costs.Energy(device, tmp_path).source for device in (GPU, CPU)] == expected
+
+
+def readers():
+    """Threads that read RAPL; those that are about to end have ended."""
+    gc.collect()
+    found = [thread for thread in threading.enumerate() if thread.name == "RAPL"]
+    for thread in found:
+        thread.join(1)
+    return [thread for thread in found if thread.is_alive()]
+
+
+def test_a_reader_ends_when_it_is_closed_and_when_nobody_has_it(tmp_path):
+    counter(tmp_path, "package-0", 0)
+    energy = costs.Energy(CPU, tmp_path)
+    assert len(readers()) == 1
+    energy.close()
+    assert not readers()
+    energy = costs.Energy(CPU, tmp_path)
+    assert len(readers()) == 1
+    del energy
+    assert not readers()
+
+
+@pytest.fixture
+def counted(tmp_path, monkeypatch):
+    """A machine with a counter of its packages."""
+    counter(tmp_path, "package-0", 0)
+    monkeypatch.setattr(costs.Energy.__init__, "__defaults__", (tmp_path, True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--mode", "staged", "--rounds", "1"]], ids=["online", "staged"])
+def test_no_program_leaves_a_reader_behind(how, counted, trained, monkeypatch):
+    folder = trained("--train-fraction", "0.1", *how, epochs=1)
+    assert files.read_json(folder / "env.json")["energy"] == "RAPL"
+    assert files.read_json(folder / "metrics.json")["cost"]["energy_wh"] == 0 and not readers()
+    assert evaluation.main([str(folder)]) == 0 and not readers()
+
+
+@pytest.mark.slow
+def test_no_program_leaves_a_reader_behind_when_it_is_stopped(counted, tmp_path, monkeypatch):
+    def stopped(*given):
+        assert len(readers()) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "finish_epoch", stopped)
+    assert train.main(["--train-fraction", "0.1", "--epochs", "1", "--out", str(tmp_path / "runs")]) == 130
+    assert not readers()
+
+
+@pytest.mark.slow
+def test_the_benchmark_leaves_no_reader_behind(counted):
+    small = ["--models", "test_resnet", "--image-size", "32", "--batch-size", "4", "--rounds", "1", "--images", "8"]
+    assert bench.main(["train", *small, "--device", "cpu"]) == 0 and not readers()
 
 
 def test_of_several_processes_work_adds_up_and_time_does_not(tmp_path):

@@ -8,6 +8,7 @@ import time
 
 import conftest
 import pytest
+import torch
 
 import train
 from engine import experiment, folder, launch, settings
@@ -182,6 +183,36 @@ def test_a_mistake_is_one_line_before_anything_runs(arguments, message, tmp_path
 
 
 # Its processes.
+
+
+@pytest.mark.parametrize("jobs, gpus, device, shared", [
+    (1, 0, "auto", []), (1, 2, "auto", []), (2, 0, "auto", ["RAPL", "NVML"]), (2, 1, "auto", ["RAPL", "NVML"]),
+    (2, 2, "auto", ["RAPL"]), (3, 2, "auto", ["RAPL", "NVML"]), (2, 2, "cuda:0", ["RAPL", "NVML"])])
+def test_a_counter_that_runs_side_by_side_share_is_named_to_them(jobs, gpus, device, shared, written, tmp_path,
+                                                                 monkeypatch):
+    class Process:
+        def __init__(self, target, args):
+            self.args = args
+
+        def start(self):
+            assert self.args[3] == shared
+
+    written(tiny=TINY)
+    monkeypatch.setattr(experiment.processes, "Process", Process)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    waiting, running = cells_of("tiny", {"out": str(tmp_path), "device": device}), {}
+    experiment.start_cells(waiting, running, jobs, False)
+    assert len(running) == min(jobs, 2)
+
+
+def test_a_cells_process_leaves_out_the_counters_that_others_share(tmp_path):
+    script, output = tmp_path / "script.py", tmp_path / "output.txt"
+    script.write_text("from engine import costs; print(sorted(costs.Energy.shared))")
+    for shared in ([], ["RAPL"]):
+        process = experiment.processes.Process(target=experiment.run_cell, args=([str(script)], str(output), 1, shared))
+        process.start()
+        process.join(60)
+    assert output.read_text() == "[]\n['RAPL']\n"
 
 
 @pytest.mark.slow
