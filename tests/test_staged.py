@@ -1,7 +1,12 @@
 """staged.py: the method as first proposed, in rounds, with erased images on the disk; stopped at any moment."""
 
+import json
+import os
+import shutil
+import signal
 import weakref
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -211,22 +216,23 @@ def test_a_staged_run_repeats_no_finished_work(trained, tmp_path, monkeypatch):
     arguments = [*STAGED, "--rounds", "1", "--batch-size", "32", "--epochs", "1", "--out", str(tmp_path)]
     counted, add = [], staged.ErasedRound.add
 
-    def stop(self, entries, images, selected):
-        if self.images + images >= 160:
+    def stop(self, start, entries, selected):
+        if start == 128:
             raise KeyboardInterrupt
-        count(self, entries, images, selected)
+        count(self, start, entries, selected)
 
-    def count(self, entries, images, selected):
-        add(self, entries, images, selected)
-        counted.append(self.images)
+    def count(self, start, entries, selected):
+        add(self, start, entries, selected)
+        counted.append(start)
 
     with monkeypatch.context() as patch:
         patch.setattr(staged.ErasedRound, "add", stop)
         assert train.main([*arguments, "--name", "cut"]) == 130
-    assert counted == [32, 64, 96, 128] and len(read_log(tmp_path / "cut")) == 1
+    assert counted == [0, 32, 64, 96] and len(read_log(tmp_path / "cut")) == 1
     monkeypatch.setattr(staged.ErasedRound, "add", count)
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
-    assert counted[4:] == [*range(160, counted[-1], 32), counted[-1]] and len(read_log(tmp_path / "cut")) == 2
+    images = len(open_run(tmp_path / "cut").split["train"])
+    assert counted == [*range(0, images, 32)] and len(read_log(tmp_path / "cut")) == 2
 
 
 @pytest.mark.slow
@@ -241,6 +247,107 @@ def test_a_full_disk_in_a_staged_run_keeps_the_last_checkpoint_and_the_run_goes_
     assert len(read_log(folder)) == 2
 
 
+# Several processes.
+
+
+def erasing(*arguments):
+    """In a process of its own: `train.py`; beside its output a file tells which batches it erased."""
+    add, batches = staged.ErasedRound.add, []
+
+    def noted(self, start, entries, selected):
+        add(self, start, entries, selected)
+        batches.append(start)
+
+    staged.ErasedRound.add = noted
+    torch.set_num_threads(1)
+    try:
+        conftest._train_main(*arguments)
+    finally:
+        with open(arguments[1] + ".json", "w") as file:
+            json.dump(batches, file)
+
+
+def dying(*arguments):
+    """In a process of its own: `train.py`, killed as it begins to write its third batch."""
+    add, batches = staged.ErasedRound.add, []
+
+    def dies(self, start, entries, selected):
+        batches.append(start)
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, start, entries, selected)
+
+    staged.ErasedRound.add = dies
+    torch.set_num_threads(1)
+    conftest._train_main(*arguments)
+
+
+def erased_by(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in (folder / "erased").rglob("*") if p.is_file()}
+
+
+def batches_of(process):
+    return [files.read_json(f"{path}.json") for path in process.paths]
+
+
+@pytest.fixture(scope="module")
+def after_stage_1(tmp_path_factory):
+    """A run that has done stage 1, with 8 batches to erase, the last one short."""
+    out = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staged, "erase_stage", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train.main([*STAGED, "--rounds", "1", "--select", "loss", "--fill", "transplant", "--batch-size", "24",
+                           "--epochs", "1", "--out", str(out), "--name", "run"]) == 130
+    return out / "run"
+
+
+@pytest.fixture(scope="module")
+def erased_alone(after_stage_1, tmp_path_factory, train_process):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    shutil.copytree(after_stage_1, folder)
+    process = train_process(["--resume", folder], target=erasing)
+    assert process.wait() == 0 and batches_of(process) == [[*range(0, 188, 24)]]
+    return folder
+
+
+@pytest.mark.slow
+def test_several_processes_erase_the_files_of_one_each_batch_once(after_stage_1, erased_alone, tmp_path, train_process):
+    shutil.copytree(after_stage_1, tmp_path / "run")
+    process = train_process(["--resume", tmp_path / "run"], ranks=2, target=erasing)
+    assert process.wait() == 0, process.output()
+    assert batches_of(process) == [[0, 48, 96, 144], [24, 72, 120, 168]]
+    assert len(erased_by(erased_alone)) > 150 and erased_by(tmp_path / "run") == erased_by(erased_alone)
+    lines, alone = stages_of(tmp_path / "run"), stages_of(erased_alone)
+    assert [(s["round"], s["stage"]) for s in lines] == [(s["round"], s["stage"]) for s in alone]
+    assert all(lines[1][key] == alone[1][key] for key in ("images", "selected", "erased_images"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_stage_2_goes_on_after_a_kill_with_any_number_of_processes(ranks, after_stage_1, erased_alone, tmp_path,
+                                                                  train_process):
+    folder = tmp_path / "run"
+    shutil.copytree(after_stage_1, folder)
+    process = train_process(["--resume", folder], ranks=2, target=dying)
+    assert process.wait() == -signal.SIGKILL
+    done = [int(path.stem) for path in (folder / "erased" / "round-1" / ".batches").glob("*.json")]
+    assert sorted(done) == [0, 24, 48, 72]
+    process = train_process(["--resume", folder], ranks=ranks, target=erasing)
+    assert process.wait() == 0, process.output()
+    assert sorted(sum(batches_of(process), [])) == [96, 120, 144, 168]
+    assert erased_by(folder) == erased_by(erased_alone)
+
+
+@pytest.mark.slow
+def test_all_stages_run_in_several_processes(tmp_path, train_process):
+    process = train_process([*STAGED, "--schedule", "1,p,p", "--batch-size", "32", "--out", tmp_path, "--name", "run"],
+                            ranks=2)
+    assert process.wait() == 0, process.output()
+    expected = [(0, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, None)]
+    assert [(s["round"], s["stage"]) for s in stages_of(tmp_path / "run")] == expected
+    assert len(read_log(tmp_path / "run")) == 3 and ended(tmp_path / "run") == "all rounds are done"
+
+
 # Erased images on the disk.
 
 
@@ -252,26 +359,26 @@ def test_erased_images_are_written_indexed_and_taken_up_again(tmp_path, exact):
     names = [name for name in NAMES if "\0" not in name]  # which no file's name holds, and Python 3.10's csv refuses
     pictures = np.random.default_rng(0).integers(0, 256, (len(names), 8, 8, 3), dtype=np.uint8)
     kept = staged.ErasedRound(tmp_path, 1)
-    kept.begin()
-    kept.add([(p, row_of(name, label)) for p, name, label in zip(pictures, names, reversed(names))], 40, 30)
-    kept.add([], 10, 1)
+    assert kept.left(50, 20) == [0, 20, 40] and kept.counts() == [0, 0, 0]
+    entries = [(p, row_of(name, label)) for p, name, label in zip(pictures, names, reversed(names))]
+    kept.add(40, entries[2:], 20)  # by another process, before the batches in front of it
+    kept.add(0, entries[:2], 10)
     again = staged.ErasedRound(tmp_path, 1)
+    assert again.left(50, 20) == [20]
+    again.add(20, [], 1)
+    assert again.join(50) == [50, 31, len(names)] == again.join(50) and again.left(50, 20) == []
     rows = again.rows()
-    assert (again.images, again.selected, again.count) == (50, 31, len(names))
     assert [row["source"] for row in rows] == names
     for row, expected in zip(rows, pictures):
         assert (tmp_path / row["file"]).resolve().is_relative_to(tmp_path / "erased" / "round-1")
         assert np.array_equal(picture(tmp_path, row), expected)
-    with open(again.index, "a") as file:  # a crash after the index and before the progress
-        file.write("erased/round-1/x.jpg,x,a,b,0.1,")
-    again.begin()
-    assert again.rows() == rows and again.index.read_text(errors="surrogateescape").count("x.jpg") == 0
+    assert sorted(p.name for p in again.folder.iterdir() if p.is_file()) == ["index.csv", "progress.json"]
 
 
 def test_an_image_that_cannot_be_written_ends_the_round_with_an_error(tmp_path):
     kept = staged.ErasedRound(tmp_path, 1)
-    kept.begin()
+    kept.left(1, 1)
     (kept.folder / "a").write_text("a file where a folder should be")
     with pytest.raises(files.UserError, match="cannot be written"):
-        kept.add([(np.zeros((8, 8, 3), np.uint8), row_of("1"))], 1, 1)
-    assert staged.ErasedRound(tmp_path, 1).images == 0
+        kept.add(0, [(np.zeros((8, 8, 3), np.uint8), row_of("1"))], 1)
+    assert staged.ErasedRound(tmp_path, 1).left(1, 1) == [0]
