@@ -7,17 +7,22 @@ import math
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import conftest
 import pytest
 import torch
 
-from engine import cache, files, ranks
+import proxy
+import train
+from engine import cache, checkpoint, files, ranks, training
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.folder import read_log
+from engine.loader import prepare
 from engine.settings import HERE
 
 TINY = ["--model", "test_vit", "--no-pretrained", "--image-size", "32", "--train-fraction", "0.3"]  # no batch norm
@@ -237,6 +242,77 @@ def test_an_error_of_any_process_is_printed(tmp_path, train_process):
     process.processes[1].join(60)
     assert process.processes[1].exitcode == 2
     assert process.paths[1].read_text().count("train.py: a.jpg: cannot be read. Then go on with python") == 1
+
+
+# What a checkpoint keeps of the images that wait.
+
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.0]).view(1, 3, 1, 1), torch.tensor([0.2, 0.5, 1.0]).view(1, 3, 1, 1)
+
+
+def kept_of(images):
+    waiting = proxy.Waiting(images, torch.zeros(len(images), dtype=torch.long), torch.ones(len(images)) > 0)
+    return training.packed(SimpleNamespace(proxy=SimpleNamespace(waiting=waiting), mean=MEAN, std=STD)).images
+
+
+def test_images_that_wait_are_kept_as_pixels_where_these_give_the_same_bits():
+    pixels = torch.arange(256, dtype=torch.uint8).expand(1, 3, 4, 256)
+    images = prepare(pixels, MEAN, STD)
+    assert kept_of(images).dtype == torch.uint8 and torch.equal(kept_of(images), pixels)
+    for other in (torch.nextafter(images, torch.ones(())), -images, torch.full_like(images, torch.nan)):
+        assert kept_of(other) is other
+    black = images.clone()
+    black[:, 2, :, 0] = -0.0  # what is black, -mean / std, where the mean is 0
+    assert torch.equal(black, images) and kept_of(black) is black
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("augment, dtype", [("none", torch.uint8), ("light", torch.float32)])
+def test_a_run_goes_on_with_the_images_that_waited_to_the_same_bits(augment, dtype, trained, tmp_path, monkeypatch):
+    arguments = ["--train-fraction", "0.15", "--select", "all", "--augment", augment]
+    alone, folder, save = trained(*arguments), tmp_path / "cut", checkpoint.save_checkpoint
+
+    def cut(path, state):
+        save(path, state)
+        if path.name == "last.pt" and (state["epoch"], state["step"]) == (1, 2):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(checkpoint, "save_checkpoint", cut)
+        assert train.main([*arguments, "--epochs", "2", "--out", str(tmp_path), "--name", "cut"]) == 130
+    assert load_checkpoint(folder / "last.pt")["waiting"][0].dtype == dtype
+    assert train.main(["--resume", str(folder)]) == 0
+    states = [load_checkpoint(path / "last.pt") for path in (folder, alone)]
+    for part in ("model", "optimizer"):
+        assert torch.equal(*(torch.cat([t.flatten().float() for t in tensors(state[part])]) for state in states)), part
+
+
+def test_parts_of_any_size_come_to_the_first_process_from_all(tmp_path):
+    """Also none at all, as where a run goes on with more processes than images wait."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [conftest.quickly.Process(target=sends, args=(rank, port, str(tmp_path))) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
+    assert others == [[None] * 3] * 2
+    for dtype, found in zip((torch.uint8, torch.bool, torch.float32), first):
+        assert [part.dtype for part in found] == [dtype] * 3
+        assert [part.shape for part in found] == [(0, 2), (1, 2), (2, 2)]
+        assert all((part == 1).all() for part in found)
+
+
+def sends(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "3"}
+    ranks.RANK, ranks.RANKS = rank, 3
+    ranks.start("cpu")
+    found = [ranks.to_first(torch.ones(rank, 2, dtype=dtype)) for dtype in (torch.uint8, torch.bool, torch.float32)]
+    torch.save(found, f"{folder}/{rank}.pt")
+    ranks.end()
 
 
 # Signals.
