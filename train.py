@@ -78,8 +78,10 @@ def run_to_its_end(ready, stop, any_code):
     if config["mode"] == "resplit":
         console.print(f"--mode resplit: {metrics.LEAK}", soft_wrap=True)
     text = ranks.from_first(cache.open_pixels, dataset, config) if dataset.pixels is None else None
-    if ranks.RANK:
-        cache.open_pixels(dataset, config, build=False)
+    if ranks.RANKS > 1:  # each machine may have a cache of its own
+        ranks.from_first(cache.open_pixels, dataset, config, each_machine=True)
+        if ranks.LOCAL_RANK:
+            cache.open_pixels(dataset, config, build=False)
     if text:
         console.print(text, markup=False, soft_wrap=True)
     if config["reweight"]:

@@ -223,7 +223,7 @@ def resume(path, options):
     config = opened.config | options
     device, dataset = network.pick_device(config["device"]), opened.dataset()
     network.set_switches(config, device)
-    if ranks.RANK == 0:
+    if ranks.LOCAL_RANK == 0:
         cache.keep_digests(dataset)
     if network.pick_amp(config["amp"], device) != "off" and device.type == "cpu":
         console.print(f"{path}: goes on in {config['amp']}, as it began; on a CPU that is slow", soft_wrap=True)
@@ -233,7 +233,8 @@ def resume(path, options):
 def start_together(options, other, train):
     """`start` or `resume`; of several processes rank 0 makes or opens the run, and then the others open it.
 
-    So rank 0 alone reads and hashes a dataset's files; the others find its list of them in the cache.
+    So rank 0 alone reads and hashes a dataset's files, and the others find its list of them in the cache. Where each
+    machine has a cache of its own, the first process of each does it for those beside it.
     """
     config = shared_config(options, other) if ranks.RANKS > 1 and not other["resume"] else None
     options["device"] = ranks.start(options.get("device", "auto"))
@@ -248,8 +249,14 @@ def start_together(options, other, train):
             ready.append(start(options, other["dry_run"], other["show"], train))
         return ready[0] and str(ready[0].folder)
 
+    def opened():
+        if not ready:
+            ready.append(resume(path, options if other["resume"] else {"device": options["device"]}))
+
     path = ranks.from_first(first)
-    return ready[0] if ready else resume(path, options if other["resume"] else {"device": options["device"]})
+    ranks.from_first(opened, each_machine=True)
+    opened()
+    return ready[0]
 
 
 def shared_config(options, other):

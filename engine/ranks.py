@@ -78,23 +78,28 @@ def to_first(tensor):
     return found
 
 
-def from_first(function, *arguments):
-    """What rank 0 gets from the function, plain as in JSON, or its UserError, on every rank; the others wait."""
+def from_first(function, *arguments, each_machine=False):
+    """What rank 0 gets from the function, plain as in JSON, or its UserError, on every rank; the others wait.
+
+    each_machine: the first process of each machine calls it, all wait for all of these, and nothing is returned.
+    """
     if RANKS == 1:
         return function(*arguments)
     global _answers
     _answers += 1
-    key = f"answer {_answers}"
-    if RANK == 0:
+    firsts = range(0, RANKS, HERE) if each_machine else [0]
+    keys = [f"answer {_answers} of {rank}" for rank in firsts]
+    if RANK in firsts:
         try:
-            _store.set(key, json.dumps([function(*arguments), None]))
+            answer = [function(*arguments), None]
         except UserError as error:
-            _store.set(key, json.dumps([None, [str(error), error.resumable]]))
-    while not _store.check([key]):
+            answer = [None, [str(error), error.resumable]]
+        _store.set(f"answer {_answers} of {RANK}", json.dumps([None, answer[1]] if each_machine else answer))
+    while not _store.check(keys):
         time.sleep(PAUSE)
-    value, error = json.loads(_store.get(key))
-    if error is not None:
-        raise UserError(*error)
+    for value, error in (json.loads(_store.get(key)) for key in keys):
+        if error is not None:
+            raise UserError(*error)
     return value
 
 

@@ -122,6 +122,7 @@ def _train_main(arguments, output, rank, ranks_, port, limit, configs, every_ste
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
                        "WORLD_SIZE": str(ranks_), "LOCAL_RANK": str(rank)}
         ranks.RANK, ranks.RANKS, ranks.LOCAL_RANK, display.console.quiet = rank, ranks_, rank, rank > 0
+        ranks.HERE = ranks_
         torch.set_num_threads(1)
     if limit:
         resize_limit(limit)

@@ -25,6 +25,7 @@ RUNS = {  # name: (its share of the kills, arguments)
                     "cpu")),
     "ranks": (2, (*SMALL, "--select", "all")),
 }
+RUNS["staged in ranks"] = (1, RUNS["staged"][1])
 TIMES = {"train_seconds", "cam_seconds", "eval_seconds", "images_per_second", "peak_host_mb", "held_mb", "energy_wh",
          "seconds", "left_mb", "peak_gpu_allocated_mb", "peak_gpu_reserved_mb"}
 
@@ -93,7 +94,7 @@ def kill_within(process, folder, moment, seconds):
 def test_a_run_killed_at_random_moments_leaves_the_same_bits(kind, asl, tmp_path, train_process, request):
     kills = max(1, round(request.config.getoption("kills") * RUNS[kind][0] / 20))
     first, folder, draw = arguments_of(kind, tmp_path / "killed", asl), tmp_path / "killed" / "run", random.Random(kind)
-    options = {"ranks": 2 if kind == "ranks" else 1, "every_step": True}
+    options = {"ranks": 2 if "ranks" in kind else 1, "every_step": True}
     train_process(["--dry-run"]).wait()  # torch is imported once
     start = time.monotonic()
     assert train_process(arguments_of(kind, tmp_path / "alone", asl), **options).wait() == 0

@@ -224,6 +224,32 @@ def test_the_first_process_alone_reads_a_dataset_to_list_it(how, asl, tmp_path, 
     assert [seen["hashed"] for seen in seen_by(process)] == [30, 0]
 
 
+def on_two_machines(*arguments):
+    """In a process of its own: `counted`, the first half of the processes on one machine, the others on another."""
+    start, folder = ranks.start, cache.cache_folder
+
+    def start_there(device):
+        ranks.HERE = ranks.RANKS // 2
+        ranks.LOCAL_RANK = ranks.RANK % ranks.HERE
+        return start(device)
+
+    ranks.start = start_there
+    cache.cache_folder = lambda config: folder(config) / f"machine {ranks.RANK // ranks.HERE}"
+    counted(*arguments)
+
+
+@pytest.mark.slow
+def test_on_machines_with_a_cache_each_the_first_process_of_each_fills_it(asl, tmp_path, train_process):
+    arguments = ["--dataset", "folder", "--data-dir", asl / "asl_alphabet_train" / "asl_alphabet_train", "--model",
+                 "test_resnet", "--no-pretrained", "--image-size", "32", "--batch-size", "8", "--epochs", "1",
+                 "--workers", "0", "--cam", "none", "--cache", tmp_path / "cache", "--out", tmp_path, "--name", "r"]
+    process = train_process(arguments, ranks=4, target=on_two_machines)
+    assert process.wait() == 0, process.output()
+    assert [seen["hashed"] for seen in seen_by(process)] == [30, 0, 30, 0]
+    for machine in (tmp_path / "cache" / "machine 0", tmp_path / "cache" / "machine 1"):
+        assert len(list(machine.glob("digests-*.json"))) == len(list(machine.glob("*.npy"))) == 1
+
+
 def fails_alone(*arguments):
     """In a process of its own: `train.py`, whose second process finds an error that no other has."""
     real = ranks.wrap
