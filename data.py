@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import v2
 
-from engine import cache
+from engine import cache, policies
 from engine.chance import numpy_generator, stable_seed, torch_generator
 from engine.dataset import Dataset, Names, image_extensions, natural_order
 from engine.files import UserError, nearest
@@ -243,9 +243,6 @@ def _from_rows(name, root, rows, official):
 # that several processes share, so that what is drawn for an image does not depend on their number; None: the batch is
 # complete.
 
-GREY = 128  # what comes in from outside the image; black would look like something that was erased
-
-
 def unchanged(pixels, entry, key, place=None):
     return to_float(pixels)
 
@@ -267,8 +264,9 @@ def light(pixels, entry, key, place=None):
 
 
 def policy(transform, pixels, entry, key, place=None):
-    """torchvision's transform, with its defaults, on each image."""
-    return to_float(_one_by_one(pixels, transform(fill=GREY), place, "augment", *key))
+    """What torchvision's transform, with its defaults, draws for each image, done on the device."""
+    first, side = (place or (0, 0))[0], pixels.shape[-1]
+    return to_float(policies.changed(pixels, policies.drawn(transform(), len(pixels), first, side, "augment", *key)))
 
 
 # RandAugment: Cubuk et al. 2020, two operations of magnitude 9. TrivialAugment: Mueller and Hutter 2021, one of any.
@@ -276,22 +274,14 @@ AUGMENTATIONS = {"none": unchanged, "light": light, "randaugment": partial(polic
                  "trivialaugment": partial(policy, v2.TrivialAugmentWide)}
 
 
-def _one_by_one(images, transform, place, *key):
-    """A torchvision transform on each image. A loop, for given a batch it would do the same to all of its images."""
-    first, changed = (place or (0, 0))[0], []
-    with torch.random.fork_rng(devices=[]):
-        for number, image in enumerate(images, first):
-            torch.default_generator.manual_seed(stable_seed(*key, number))
-            changed.append(transform(image))
-    return torch.stack(changed)
-
-
 # --- on top: (images normalised, labels, value, number of classes, key, place) -> images, labels ----------------------
 
 
 def random_erasing(images, labels, value, classes, key, place):
     """A random rectangle of an image becomes noise, with probability `value`: Zhong et al. 2020, torchvision's."""
-    return _one_by_one(images, v2.RandomErasing(value, value="random"), place, "random erasing", *key), labels
+    transform, first = v2.RandomErasing(value, value="random"), (place or (0, 0))[0]
+    drawn = policies.rectangles(transform, len(images), first, images.shape[1:], "random erasing", *key)
+    return policies.erased(images, *drawn), labels
 
 
 def mixed(transform, images, labels, value, classes, key, place):

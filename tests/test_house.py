@@ -20,7 +20,7 @@ ORDER = [
     *(f"engine.{name}" for name in ("experiment", "launch", "fit", "training", "pictures", "before", "predict",
                                     "metrics", "folder", "costs", "checkpoint", "network", "settings", "display")),
     "proxy", "cam", "data",
-    *(f"engine.{name}" for name in ("hooks", "erasing", "cache", "loader", "dataset", "decoy", "split", "ranks",
+    *(f"engine.{name}" for name in ("hooks", "erasing", "policies", "cache", "loader", "dataset", "decoy", "split", "ranks",
                                     "chance", "files")),
 ]
 
