@@ -19,31 +19,32 @@ import torch.nn.functional as F
 
 import cam
 from engine.chance import torch_generator
-from engine.erasing import (Scene, Waiting, all_fresh, blurred, of_another_class, other_chosen, put, seat, shifted_from,
-                            true_class, wrong)
+from engine.erasing import (Scene, Waiting, all_fresh, blurred, cross_entropy, of_another_class, other_chosen, put,
+                            seat, shifted_from, statistics_kept, true_class, wrong)
 
 # --- in which step: (net: images -> logits, images [B, 3, H, W], labels, Proxy) -> Trained ---------------------------
 
 
 class Trained(NamedTuple):
-    """A step. fresh: bool [B], False for erased copies. second_pass: images that passed for their heat alone."""
+    """A step. fresh, valid: as `seat` gives them. second_pass: images that passed for their heat alone."""
 
     loss: torch.Tensor
     fresh: torch.Tensor
+    valid: torch.Tensor | None = None
     second_pass: int = 0
 
 
 def plain(net, images, labels, proxy):
     """A step in which nothing is erased; copies that the step before erased are still trained on."""
-    images, labels, fresh = proxy.seat(images, labels)
+    images, labels, fresh, valid = proxy.seat(images, labels)
     logits = net(images)
     proxy.count(logits, labels, fresh)
-    return Trained(cross_entropy(logits, labels), fresh)
+    return Trained(cross_entropy(logits, labels, valid), fresh, valid)
 
 
 def online(net, images, labels, proxy):
     """The method: one forward and one backward pass; what this step erases is trained on in the next."""
-    images, labels, fresh = proxy.seat(images, labels)  # erased copies of the step before take their seats
+    images, labels, fresh, valid = proxy.seat(images, labels)  # erased copies of the step before take their seats
     with proxy.explain:
         logits = net(images)
         proxy.count(logits, labels, fresh)
@@ -51,41 +52,37 @@ def online(net, images, labels, proxy):
         heat = proxy.heat(logits, labels, rows, images.shape[-2:])
         mask = proxy.mask(heat)  # which pixels
         proxy.waiting = proxy.fill(images, labels, fresh, rows, chosen, heat, mask)  # what instead
-    return Trained(cross_entropy(logits, labels), fresh)
+    return Trained(cross_entropy(logits, labels, valid), fresh, valid)
 
 
 def same_step(net, images, labels, proxy):
     """As `online`, but what is erased is trained on at once, through a second forward pass."""
-    with proxy.explain:
-        logits, fresh = net(images), all_fresh(labels)
+    with proxy.explain, statistics_kept(proxy.explain.model):
+        logits, fresh, passed = net(images), all_fresh(labels), len(labels)
         proxy.count(logits, labels, fresh)
         rows, chosen = proxy.select(logits, labels, fresh)
         copies, _, _ = proxy.erased(images, labels, fresh, logits, rows, chosen)
     del logits  # and with it the first pass, before the second
-    images, labels, fresh = proxy.join(images, labels, rows, copies)
-    return Trained(cross_entropy(net(images), labels), fresh, len(labels))
+    images, labels, fresh, valid = proxy.join(images, labels, rows, copies)
+    return Trained(cross_entropy(net(images), labels, valid), fresh, valid, passed)
 
 
 def heat_from(net, images, labels, proxy):
     """As `same_step`, but the heat is that of another network, `proxy.heat_net`, which is not trained."""
     with proxy.explain:
-        logits, fresh = proxy.heat_net(images), all_fresh(labels)
+        logits, fresh, passed = proxy.heat_net(images), all_fresh(labels), len(labels)
         rows, chosen = proxy.select(logits, labels, fresh)
         copies, _, _ = proxy.erased(images, labels, fresh, logits, rows, chosen)
     del logits
-    images, labels, fresh = proxy.join(images, labels, rows, copies)
+    images, labels, fresh, valid = proxy.join(images, labels, rows, copies)
     logits = net(images)
-    proxy.count(logits, labels, torch.ones_like(fresh))  # it sees these images only as it trains on them
-    return Trained(cross_entropy(logits, labels), fresh, len(labels))
+    proxy.count(logits, labels, all_fresh(labels) if valid is None else valid)  # it sees them only as it trains on them
+    return Trained(cross_entropy(logits, labels, valid), fresh, valid, passed)
 
 
 STEPS = {"online": online, "same_step": same_step, "heat_from": heat_from}
 AT_ONCE = {"same_step", "heat_from"}  # train on all that they erase; others on at most SHARE of a batch, in the next
 SHARE = 0.5
-
-
-def cross_entropy(logits, labels):
-    return F.cross_entropy(logits.float(), labels)
 
 
 def timed(method):
@@ -125,10 +122,10 @@ class Proxy:
             self.counts.misled(wrong(logits.detach(), labels), fresh)
 
     def seat(self, images, labels):
-        """The batch with the waiting copies in it: images, labels, and fresh, bool, False for the copies."""
+        """The batch with the waiting copies in it: images, labels, fresh and valid, as `erasing.seat`."""
         waiting, self.waiting = self.waiting, None
         if waiting is None:
-            return images, labels, all_fresh(labels)
+            return images, labels, all_fresh(labels), None
         return seat(images, labels, waiting, self.config["budget"])
 
     def join(self, images, labels, rows, copies):

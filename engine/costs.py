@@ -1,5 +1,6 @@
 """What training costs and what an epoch adds up to: images, seconds, memory, energy. Nothing is estimated."""
 
+import collections
 import contextlib
 import gc
 import os
@@ -30,11 +31,11 @@ class Counts:
     def __init__(self, device, energy, before=None):
         self.energy, self.energy_start = energy, energy.watt_hours()
         self.device, self.before = device, dict.fromkeys((*self.ADDED, *self.SHARED), 0) | (before or {})
-        # Loss times images, fresh images, those misled, erased images, and on rank 0 skipped steps, which all skip;
-        # what was counted before is added to as if nothing had come between.
-        self.sums = torch.tensor([float(self.before.pop(key)) for key in self.ADDED[:5]], device=device)
-        self.images, self.second_pass_images, self.steps, self.start = 0, 0, 0, time.perf_counter()
-        self.cam_seconds, self.cam_events = 0.0, []
+        # Loss times images, fresh images, those misled, erased images, on rank 0 skipped steps, which all skip, and all
+        # images; what was counted before is added to as if nothing had come between.
+        self.sums = torch.tensor([float(self.before.pop(key)) for key in self.ADDED[:6]], device=device)
+        self.second_pass_images, self.steps, self.start = 0, 0, time.perf_counter()
+        self.cam_seconds, self.cam_events, self.asked = 0.0, collections.deque(), None
 
     def misled(self, wrong, fresh):
         """Count the images that come as they are, and of these the wrong ones. Both bool [B]."""
@@ -42,43 +43,63 @@ class Counts:
 
     def add(self, trained, updated, skipped):
         """Count a batch. trained: `proxy.Trained`; a loss not finite adds 0. updated, skipped: of `backward`."""
-        fresh = trained.fresh
-        self.sums[:4:3] += torch.stack([trained.loss.detach().nan_to_num(0, 0, 0) * len(fresh), (~fresh).sum()])
+        fresh, valid = trained.fresh, trained.valid
+        count, erased = (len(fresh), ~fresh) if valid is None else (valid.sum(), valid & ~fresh)
+        self.sums[:4:3] += torch.stack([trained.loss.detach().nan_to_num(0, 0, 0) * count, erased.sum()])
         if updated and ranks.RANK == 0:
             self.sums[4] += skipped
-        self.images, self.steps = self.images + len(fresh), self.steps + updated
+        self.sums[5] += count
+        self.steps += updated
         self.second_pass_images += trained.second_pass
 
     @contextlib.contextmanager
     def timing_cam(self):
         """Time a block: on a GPU with events that nothing waits for."""
         if self.device.type == "cuda":
+            stream = torch.cuda.current_stream(self.device)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
+            events[0].record(stream)
             yield
-            events[1].record()
+            events[1].record(stream)
             self.cam_events.append(events)
+            self.add_finished()
         else:
             start = time.perf_counter()
             yield
             self.cam_seconds += time.perf_counter() - start
 
-    def so_far(self, everyone=lambda value: [value]):
-        """{name: number} of this process or of `everyone`; waits for the device."""
-        sums = self.sums.tolist()
-        cam_seconds = self.cam_seconds + sum(start.elapsed_time(end) for start, end in self.cam_events) / 1000
+    def add_finished(self):
+        """Add up the times that the device has taken by now, each once."""
+        while self.cam_events and self.cam_events[0][1].query():
+            start, end = self.cam_events.popleft()
+            self.cam_seconds += start.elapsed_time(end) / 1000
+
+    def so_far(self, everyone=lambda value: [value], sums=None):
+        """{name: number} of this process or of `everyone`; waits for the device, but where its `sums` are given."""
+        sums = self.sums.tolist() if sums is None else sums
+        self.add_finished()
         energy = self.energy.watt_hours()
         energy = None if None in (energy, self.energy_start) else energy - self.energy_start
         seconds = time.perf_counter() - self.start
-        own = [*sums, self.images, self.second_pass_images, energy, self.steps, seconds, cam_seconds]
+        own = [*sums, self.second_pass_images, energy, self.steps, seconds, self.cam_seconds]
         own = {key: added([self.before.get(key, 0), value]) for key, value in zip((*self.ADDED, *self.SHARED), own)}
         return merged(everyone(own))
 
-    def totals(self, everyone=lambda value: [value]):
+    def lately(self):
+        """As `totals`, for a display: on a GPU what it had counted when this was asked before, so that nobody waits."""
+        if self.device.type != "cuda":
+            return self.totals()
+        copied, event = self.sums.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        (sums, there), self.asked = self.asked or (copied, event), (copied, event)
+        there.synchronize()  # of the first alone there is anything to wait for
+        return self.totals(sums=sums.tolist())
+
+    def totals(self, everyone=lambda value: [value], sums=None):
         """The epoch's share of a line of `log.jsonl`."""
-        found = self.so_far(everyone)
+        found = self.so_far(everyone, sums)
         loss, fresh, wrong = (found.pop(key) for key in ("loss", "fresh", "wrong"))
-        found |= {key: int(found[key]) for key in ("erased_images", "skipped_steps")}
+        found |= {key: int(found[key]) for key in ("erased_images", "skipped_steps", "images_seen")}
         return {"train_loss": loss / max(found["images_seen"], 1), "train_accuracy": 1 - wrong / max(fresh, 1),
                 "misled": wrong / max(fresh, 1), **found}
 

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from engine import ranks
 
-SECONDS = 0.5  # the display asks the device for its counts this often; nothing else waits for it
+SECONDS = 0.5  # the display asks for the device's counts this often
 console = Console(highlight=False, quiet=ranks.RANK > 0)
 
 
@@ -33,7 +33,7 @@ def show(batches, epoch, stage, counts):
             bar.advance(task)
             if time.perf_counter() - shown > SECONDS:
                 shown = time.perf_counter()
-                bar.update(task, state=describe(counts.totals()))
+                bar.update(task, state=describe(counts.lately()))
 
 
 def describe(line):

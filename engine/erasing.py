@@ -1,8 +1,10 @@
 """What fills, controls and steps of `proxy.py` are made of: complete batches on the device, in fixed shapes."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class Scene(NamedTuple):
@@ -72,7 +74,7 @@ def shifted_from(occupied, chance):
     return (place - by[:, None]) % size
 
 
-# --- in whose seats: (images, labels, waiting) -> images, labels, fresh (bool [B], False for erased copies) -----------
+# --- in whose seats ---------------------------------------------------------------------------------------------------
 
 
 def wrong(logits, labels):
@@ -91,18 +93,41 @@ def all_fresh(labels):
 
 
 def seat(images, labels, waiting, budget, rows=None):
-    """The batch with the waiting images in it.
+    """The batch with the waiting images in it: images, labels, fresh and valid.
 
     budget "equal": each takes the seat of a fresh image, in `rows` or from the end, so that the step keeps its size.
-    budget "extra": they ride behind the batch, which grows by their number (and waits for the device to count them).
+    budget "extra": they ride behind the batch, in as many seats as there may be copies, so that its size is one and
+    nothing waits until the device has counted; a seat that no copy takes holds the fresh image once more, which leaves
+    the mean of batch norm's statistics where it is, and weighs nothing in the loss.
+    fresh: bool [B], False for erased copies and such seats. valid: bool [B], False for such seats, or None for all.
     """
     taken, fresh = waiting.taken, all_fresh(labels)
-    if budget == "extra":
-        images, labels = torch.cat([images, waiting.images[taken]]), torch.cat([labels, waiting.labels[taken]])
-        return images, labels, torch.arange(len(labels), device=labels.device) < len(fresh)
     if rows is None:
         rows = torch.arange(len(labels) - len(taken), len(labels), device=labels.device)
     filled = torch.where(taken[:, None, None, None], waiting.images, images[rows])
-    images = images.clone().index_copy_(0, rows, filled)  # in place, since index_copy would not keep channels last
     new = torch.where(taken if labels.dim() == 1 else taken[:, None], waiting.labels, labels[rows])
-    return images, labels.index_copy(0, rows, new), fresh.index_copy(0, rows, ~taken)
+    if budget == "extra":
+        joined = ((images, filled), (labels, new), (fresh, torch.zeros_like(taken)), (fresh, taken))
+        return tuple(map(torch.cat, joined))
+    images = images.clone().index_copy_(0, rows, filled)  # in place, since index_copy would not keep channels last
+    return images, labels.index_copy(0, rows, new), fresh.index_copy(0, rows, ~taken), None
+
+
+def cross_entropy(logits, labels, valid=None):
+    """Mean cross-entropy over the valid images, bool [B]; by default over all."""
+    if valid is None:
+        return F.cross_entropy(logits.float(), labels)
+    return torch.where(valid, F.cross_entropy(logits.float(), labels, reduction="none"), 0).sum() / valid.sum()
+
+
+@contextlib.contextmanager
+def statistics_kept(model):
+    """Within it a model in training normalises by its batch as always, and its running statistics stay as they are."""
+    tracking = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

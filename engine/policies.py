@@ -1,5 +1,7 @@
-"""RandAugment, TrivialAugment and random erasing on complete batches: torchvision draws, for each image on the host, and
-images that drew the same operation are changed together on the device, which nothing waits for.
+"""RandAugment, TrivialAugment and random erasing on complete batches.
+
+torchvision draws for each image, on the host; images that drew the same operation are changed together, on the device,
+which nothing waits for.
 
 An operation does to each image, with its own magnitude, what torchvision's kernel does to one: (images uint8
 [n, 3, H, W], parameters [n, 1, 1, 1] each) -> uint8 [n, 3, H, W].

@@ -93,6 +93,7 @@ class Training:
         self.amp = AMP[pick_amp(config["amp"], device)]
         self.mean, self.std = (t.to(device) for t in normalisation(config, model))
         model.to(device, memory_format=torch.channels_last)
+        self.statistics = flattened([b for b in model.buffers() if b.is_floating_point()])
         groups = timm.optim.param_groups_weight_decay(model, WEIGHT_DECAY)
         self.optimizer = torch.optim.AdamW(groups, lr=config["lr"], fused=device.type in ("cpu", "cuda"))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, config["lr"], pct_start=WARM_UP_SHARE,
@@ -102,7 +103,6 @@ class Training:
         self.network = torch.compile(self.shared) if config["compile"] else self.shared
         self.energy = costs.Energy(device, first=ranks.LOCAL_RANK == 0)
         self.skipped, self.row = [], []  # ((epoch, step), bool on the device) since the last `check_finite`; its end
-        self.statistics = [b for b in model.buffers() if b.is_floating_point()]
         explain = heat_net = None
         if explained is not None:  # another network is neither trained nor compiled
             explained.to(device, memory_format=torch.channels_last)
@@ -118,7 +118,7 @@ class Training:
             return (self.network if network is None else network)(images)
 
     def begin_epoch(self, counts):
-        self.proxy.counts, self.kept = counts, _flat(self.statistics)
+        self.proxy.counts, self.kept = counts, [flat.clone() for flat in self.statistics]
         self.model.train()
 
     def prepare(self, pixels, labels, epoch, step, steps):
@@ -156,10 +156,8 @@ class Training:
             self.optimizer.step()
         elif not skipped:
             self.optimizer.step()
-        if self.statistics:  # those of batches go back where the step was skipped: what is not finite stays for ever
-            self.kept = torch.where(skipped, self.kept, _flat(self.statistics))
-            parts = self.kept.split([b.numel() for b in self.statistics])
-            torch._foreach_copy_(self.statistics, [part.view_as(b) for part, b in zip(parts, self.statistics)])
+        for kept, flat in zip(self.kept, self.statistics):  # those of batches go back where the step was skipped: what
+            flat.copy_(torch.where(skipped, kept, flat, out=kept))  # is not finite stays for ever
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped.append((self.proxy.key[1:], skipped))
@@ -175,9 +173,15 @@ class Training:
                 return self.row[0]
 
 
-def _flat(tensors):
-    """Tensors of one dtype as one vector, or None."""
-    return torch.cat([t.flatten() for t in tensors]) if tensors else None
+def flattened(buffers):
+    """One vector for each dtype of these tensors, which are views of it from now on: kept or put back all at once."""
+    flats = []
+    for dtype in dict.fromkeys(b.dtype for b in buffers):
+        own = [b for b in buffers if b.dtype == dtype]
+        flats.append(torch.cat([b.flatten() for b in own]))
+        for b, part in zip(own, flats[-1].split([b.numel() for b in own])):
+            b.data = part.view_as(b)
+    return flats
 
 
 def set_up(config, folder, parts, model, device, stage):

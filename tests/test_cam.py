@@ -87,6 +87,46 @@ def test_every_method_is_the_librarys_to_1e5_on_every_family(name, size):
         assert np.min(differences, axis=0).max() <= 1e-5, method
 
 
+def maps_of(kind, images, channels, side, seed):
+    """Random maps, all of them or all but one of their principal components alike."""
+    draw = torch.Generator().manual_seed(seed)
+    maps = torch.randn(images, channels, side, side, generator=draw)
+    if kind == "rank one":
+        return maps[:, :1] * torch.randn(images, channels, 1, 1, generator=draw)
+    if kind == "equal":  # as many orthogonal patterns of one size as there are channels
+        patterns = torch.linalg.qr(maps.double().flatten(2).transpose(1, 2)
+                                   - maps.double().flatten(2).mean(2)[:, None])[0]
+        return patterns.transpose(1, 2).reshape(images, -1, side, side).float()
+    return {"normal": maps, "sparse": maps.relu() * torch.rand(images, channels, 1, 1, generator=draw) * 30,
+            "tiny": maps * 1e-20, "huge": maps * 1e18, "far from zero": maps + 100}[kind]
+
+
+@pytest.mark.parametrize("kind", ["normal", "sparse", "rank one", "equal", "tiny", "huge", "far from zero"])
+def test_the_first_principal_component_is_the_singular_value_decompositions(kind):
+    for seed, (channels, side) in enumerate([(512, 7), (8, 14), (64, 4), (3, 5), (200, 14)]):
+        maps = maps_of(kind, 8, channels, side, seed)
+        points = maps.double().flatten(2)
+        _, values, vectors = torch.linalg.svd(points - points.mean(2, keepdim=True), full_matrices=False)
+        found = cam.principal(maps).double().flatten(1)
+        assert (found.amax(1) >= -found.amin(1)).all()
+        found = F.normalize(found)
+        within = torch.einsum("nkp,np->nk", vectors, found) ** 2  # of which components it is made
+        explained = (within * values**2).sum(1) / values[:, 0] ** 2
+        torch.testing.assert_close(explained, torch.ones_like(explained), atol=1e-5, rtol=0)
+        if kind != "equal":
+            assert within[:, 0].min() > 0.999
+
+
+def test_maps_without_contrast_have_no_principal_component():
+    assert cam.principal(torch.full((2, 5, 3, 3), 7.0)).eq(0).all()
+    assert cam.rescale(cam.principal(torch.full((1, 5, 3, 3), float("nan")))).eq(0).all()
+    assert torch.get_float32_matmul_precision() == "highest"  # as it was
+    torch.set_float32_matmul_precision("high")
+    cam.principal(torch.randn(1, 5, 3, 3))
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+
+
 def test_a_margin_is_explained_as_the_difference_of_two_logits():
     model, images, labels = network("resnet18").double(), photographs().double(), torch.tensor([3, 5])
     with CAM(model, "hirescam") as explain:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import cam
 import proxy
 from engine import costs
+from engine.erasing import statistics_kept
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
 KEY, CLASSES = (0, 1, 2), 5
@@ -57,6 +58,18 @@ def counts():
     return costs.Counts(torch.device("cpu"), costs.Energy(torch.device("cpu"), powercap="/none"))
 
 
+def simple_seats(batch, copies, budget, rows=None):
+    """Images and labels of a batch with the copies that are taken, and no others, in it."""
+    if budget == "equal":
+        return proxy.seat(*batch, copies, budget, rows)[:2]
+    return tuple(torch.cat([own, more[copies.taken]]) for own, more in zip(batch, copies[:2]))
+
+
+def simple_loss(net, *seats):
+    images, labels = simple_seats(*seats)
+    return F.cross_entropy(net(images), labels).item()
+
+
 # --- online
 
 
@@ -98,10 +111,10 @@ def test_waiting_copies_are_in_the_next_batch_once_and_are_not_erased_again(budg
     proxy.online(net, *first, p)
     copies = p.waiting
     trained = proxy.online(net, *second, p)
-    images, labels, fresh = proxy.seat(*second, copies, budget)
-    assert torch.equal(trained.fresh, fresh) and (~fresh).sum() == copies.taken.sum() > 0
-    assert len(fresh) == (8 if budget == "equal" else 8 + copies.taken.sum())
-    assert trained.loss.item() == F.cross_entropy(net(images), labels).item()
+    images, labels, fresh, valid = proxy.seat(*second, copies, budget)
+    assert torch.equal(trained.fresh, fresh) and copies.taken.any() and not copies.taken.all()
+    assert len(fresh) == (8 if budget == "equal" else 16)
+    assert trained.loss.item() == pytest.approx(simple_loss(net, second, copies, budget), rel=1e-6)
     rows, _, expected, _, _ = erased_of(net, images, labels, fresh, budget=budget)
     assert alike(p.waiting, expected) and fresh[rows[expected.taken]].all()
 
@@ -111,10 +124,11 @@ def test_a_plain_step_trains_on_the_copies_that_wait_and_erases_none(budget, net
     first, second = batch(1), batch(2)
     p = proxy_of(net, budget=budget)
     proxy.online(net, *first, p)
-    images, labels, fresh = proxy.seat(*second, p.waiting, budget)
+    copies, fresh = p.waiting, proxy.seat(*second, p.waiting, budget)[2]
     trained = proxy.plain(net, *second, p)
     assert p.waiting is None and torch.equal(trained.fresh, fresh) and not fresh.all()
-    assert trained.loss.item() == F.cross_entropy(net(images), labels).item()
+    assert trained.loss.item() == pytest.approx(simple_loss(net, second, copies, budget), rel=1e-6)
+    assert len(proxy.plain(net, *second, p).fresh) == 8  # and from then on the batch is as it was
 
 
 def test_at_most_as_many_copies_wait_as_there_are_seats(net):
@@ -131,8 +145,8 @@ def test_where_nothing_is_misled_nothing_is_erased(step, budget, net):
     labels, p = net(images).argmax(1), proxy_of(net, budget=budget)
     for _ in range(2):
         trained = proxy.STEPS[step](net, images, labels, p)
-        assert trained.fresh.all() and len(trained.fresh) == 8
-        assert trained.loss.item() == F.cross_entropy(net(images), labels).item()
+        assert trained.fresh.sum() == 8 and (trained.valid is None or torch.equal(trained.valid, trained.fresh))
+        assert trained.loss.item() == pytest.approx(F.cross_entropy(net(images), labels).item(), rel=1e-6)
 
 
 def test_where_the_heat_is_zero_no_copy_is_taken(net):
@@ -163,10 +177,10 @@ def test_same_step_trains_on_its_copies_at_once_in_a_second_pass(budget, net):
     trained = proxy.STEPS["same_step"](net, images, labels, p)
     rows, _, copies, _, _ = erased_of(net, images, labels)
     wrong = int(copies.taken.sum())
-    joined, of_joined, fresh = proxy.seat(images, labels, copies, budget, rows)
+    fresh = proxy.seat(images, labels, copies, budget, rows)[2]
     assert p.waiting is None and torch.equal(trained.fresh, fresh) and 0 < wrong < 8
-    assert trained.loss.item() == F.cross_entropy(net(joined), of_joined).item()
-    assert len(fresh) == trained.second_pass == (8 if budget == "equal" else 8 + wrong)
+    assert trained.loss.item() == pytest.approx(simple_loss(net, (images, labels), copies, budget, rows), rel=1e-6)
+    assert len(fresh) == (8 if budget == "equal" else 16) and trained.second_pass == 8
     assert (p.counts.so_far()["fresh"], p.counts.so_far()["wrong"]) == (8, wrong)
 
 
@@ -178,16 +192,34 @@ def test_heat_from_erases_what_another_network_shows_and_trains_the_one_in_train
     trained = proxy.STEPS["heat_from"](net, images, labels, p)
     rows, _, copies, _, _ = erased_of(other, images, labels)
     assert not torch.equal(net(images).argmax(1), other(images).argmax(1))  # they are misled by other images
-    joined, of_joined, fresh = proxy.seat(images, labels, copies, budget, rows)
+    joined, of_joined = simple_seats((images, labels), copies, budget, rows)
     logits = net(joined)
-    assert p.waiting is None and torch.equal(trained.fresh, fresh) and copies.taken.any()
-    assert trained.loss.item() == F.cross_entropy(logits, of_joined).item()
-    assert len(fresh) == trained.second_pass
+    assert p.waiting is None and copies.taken.any() and trained.second_pass == 8
+    assert trained.loss.item() == pytest.approx(F.cross_entropy(logits, of_joined).item(), rel=1e-6)
     trained.loss.backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
     assert all(parameter.grad is None for parameter in other.parameters())
     found = p.counts.so_far()  # the network in training meets these images once, copies and all
-    assert (found["fresh"], found["wrong"]) == (len(fresh), (logits.argmax(1) != of_joined).sum())
+    assert (found["fresh"], found["wrong"]) == (len(joined), (logits.argmax(1) != of_joined).sum())
+
+
+@BUDGETS
+def test_the_pass_for_the_heat_of_same_step_leaves_batch_norms_statistics_alone(budget, net):
+    images, labels = batch(1)
+    other, p = network().train(), proxy_of(net.train(), budget=budget)
+    kept = []
+    p.join = lambda *arguments: kept.append(proxy.Proxy.join(p, *arguments)) or kept[0]
+    loss = proxy.STEPS["same_step"](net, images, labels, p).loss
+    expected = proxy.cross_entropy(other(kept[0][0]), kept[0][1], kept[0][3])  # one plain pass over the joined batch
+    assert torch.equal(loss, expected)
+    assert len(list(net.buffers())) > 20 and alike(net.buffers(), other.buffers())
+
+
+def test_what_passes_for_its_heat_is_normalised_by_its_batch(net):
+    images, _ = batch(1)
+    with statistics_kept(net.train()):
+        assert torch.equal(net(images), network().train()(images))
+        assert torch.equal(net.eval()(images), network()(images))
 
 
 # --- which step
@@ -208,11 +240,25 @@ def test_misled_images_are_counted_among_the_fresh_ones_alone(step, net):
     first, second = batch(1), batch(2)
     p = proxy_of(net)
     proxy.online(net, *first, p)
-    images, labels, fresh = proxy.seat(*second, p.waiting, "equal")
+    images, labels, fresh, _ = proxy.seat(*second, p.waiting, "equal")
     wrong = (net(images).argmax(1) != labels) & fresh
     p.counts = counts()
     getattr(proxy, step)(net, *second, p)
     assert (p.counts.so_far()["fresh"], p.counts.so_far()["wrong"]) == (fresh.sum(), wrong.sum())
+
+
+@pytest.mark.parametrize("step", ["online", "same_step"])
+def test_under_budget_extra_seats_that_no_copy_takes_are_not_counted(step, net):
+    p, seen, erased, losses = proxy_of(net, budget="extra", step=step, counts=counts()), 0, 0, 0.0
+    for seed in (1, 2, 3):
+        trained = p.step(0, [])(net, *batch(seed), p)
+        p.counts.add(trained, True, torch.tensor(False))
+        valid, fresh = (trained.fresh if trained.valid is None else trained.valid), trained.fresh
+        seen, erased = seen + int(valid.sum()), erased + int((valid & ~fresh).sum())
+        losses += trained.loss.item() * int(valid.sum())
+    totals = p.counts.totals()
+    assert (totals["images_seen"], totals["erased_images"]) == (seen, erased) and seen == 24 + erased
+    assert totals["train_loss"] == pytest.approx(losses / seen) and erased and not valid.all()
 
 
 @pytest.mark.parametrize("changes", [{"fill": "noise"}, {"control": "random"}, {"control": "label"}])
