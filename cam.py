@@ -143,7 +143,7 @@ ATTENTION = {"rollout": rollout, "gradrollout": gradrollout}
 
 def random(A, G):
     """A smooth random field, new for every image: 4 x 4 normal values, bilinear in between."""
-    field = torch.randn(len(A), 1, MIN_GRID, MIN_GRID).to(A.device, A.dtype, non_blocking=True)
+    field = torch.randn(len(A), 1, MIN_GRID, MIN_GRID).to(A.device, A.dtype, non_blocking=A.device.type != "mps")
     return _interpolate(field[:, 0], A.shape[2:]) + 10  # so that the ReLU behind every method keeps all of it
 
 

@@ -23,7 +23,7 @@ from engine import cache, policies
 from engine.chance import numpy_generator, stable_seed, torch_generator
 from engine.dataset import Dataset, Names, image_extensions, natural_order
 from engine.files import UserError, nearest
-from engine.loader import normalise, to_float
+from engine.loader import normalise, sent, to_float
 
 # How datasets name these parts on the disk.
 PART_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -252,15 +252,27 @@ def light(pixels, entry, key, place=None):
     images = to_float(pixels)
     first, every = place or (0, len(images))
     draws = torch.rand(every, 4, generator=torch_generator("cpu", "augment", *key))[first:first + len(images)]
-    angle, across, down, mirror = draws.to(images.device, non_blocking=True).T
+    angle, across, down, mirror = sent(draws, images.device).T
     angle = (2 * angle - 1) * math.radians(entry["rotate"])
     across, down = (2 * (2 * shift - 1) * entry["shift"] for shift in (across, down))  # the grid spans -1 to 1
     mirror = torch.where(mirror < 0.5, -1.0, 1.0) if entry["flip"] else torch.ones_like(mirror)
     cos, sin = angle.cos(), angle.sin()
     moves = torch.stack([cos * mirror, -sin, across, sin * mirror, cos, down], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(moves, images.shape, align_corners=False)
-    # "border" repeats the edge: a black rim would look like something that was erased
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return sampled(images, grid)
+
+
+def sampled(images, grid):
+    """Images at the places of a grid; outside the edge repeats, for a black rim would look like something erased."""
+    if images.device.type != "mps":
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(images, inside(grid), align_corners=False)  # Apple's have no "border" before torch 2.13
+
+
+def inside(grid):
+    """A grid [B, H, W, 2] kept between the middles of the outermost pixels: what "border" does."""
+    across, down = (part.clamp(1 / n - 1, 1 - 1 / n) for part, n in zip(grid.unbind(3), grid.shape[2:0:-1]))
+    return torch.stack([across, down], 3)
 
 
 def policy(transform, pixels, entry, key, place=None):

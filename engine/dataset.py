@@ -50,11 +50,12 @@ class Pixels:
         self.arrays, self.size = arrays, arrays[0].shape[1]
         self.ends = np.cumsum([len(a) for a in arrays])
 
-    def take(self, indices):
-        """Images number `indices`, int64 [n], as one array in memory, uint8 [n, size, size, 3]."""
+    def take(self, indices, taken=None):
+        """Images number `indices`, int64 [n], as one array in memory, uint8 [n, size, size, 3]: `taken`, if given."""
+        if taken is None:
+            taken = np.empty((len(indices), self.size, self.size, 3), np.uint8)
         if len(self.arrays) == 1:
-            return np.asarray(self.arrays[0])[indices]
-        taken = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+            return np.take(self.arrays[0], indices, 0, taken, "clip")  # straight there, which "raise" does not do
         which = np.searchsorted(self.ends, indices, "right")
         for number, array in enumerate(self.arrays):
             inside = which == number

@@ -128,6 +128,7 @@ class Batches:
         if decoy and dataset.decoy is not None:
             arrays = (dataset.decoy.corners, dataset.decoy.colours)
             self.decoy = [torch.from_numpy(array[self.indices]).to(device) for array in arrays]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         few = len(ids) * size * size * 3 <= RESIDENT_BYTES
         self.ahead = device.type == "cuda" or not few
         if self.pixels is None or self.pixels.size != size:
@@ -146,29 +147,49 @@ class Batches:
             yield from self._without_decoys()
             return
         for positions, (images, labels) in zip(self.order, self._without_decoys()):
-            corners, colours = (part[torch.from_numpy(positions).to(self.device)] for part in self.decoy)
+            positions, = self._sent(torch.from_numpy(positions))
+            corners, colours = (part[positions] for part in self.decoy)
             square = swatch(corners, images.shape[-1])[:, None]
             yield torch.where(square, colours[:, :, None, None], images), labels
 
     def _without_decoys(self):
         if self.resident is not None:
             for positions in self.order:
-                positions = torch.from_numpy(positions).to(self.device, non_blocking=True)
+                positions, = self._sent(torch.from_numpy(positions))
                 yield self.resident[positions].permute(0, 3, 1, 2), self.labels[positions]
             return
         host = self.loader if self.loader is not None else ahead(self._taken()) if self.ahead else self._taken()
         try:
             for images, labels in host:
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                yield self._sent(images, labels)
         except UserError as error:  # without the traceback that a DataLoader's worker wraps it in
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
     def _taken(self):
-        """Batches from `pixels`, still on the host."""
+        """Batches from `pixels`, still on the host, in memory that a GPU can read; torch uses it again once it has."""
+        pinned, size = self.device.type == "cuda", self.pixels.size
         for positions in self.order:
-            images = torch.from_numpy(self.pixels.take(self.indices[positions])).permute(0, 3, 1, 2)
+            images = torch.empty(len(positions), size, size, 3, dtype=torch.uint8, pin_memory=pinned)
+            self.pixels.take(self.indices[positions], images.numpy())
             labels = self.labels[torch.from_numpy(positions)]
-            yield (images.pin_memory(), labels.pin_memory()) if self.device.type == "cuda" else (images, labels)
+            yield images.permute(0, 3, 1, 2), labels.pin_memory() if pinned else labels
+
+    def _sent(self, *tensors):
+        """Tensors of the host on the device: on a GPU copied beside what it computes, which then waits for them."""
+        if self.stream is None:
+            return tuple(sent(tensor, self.device) for tensor in tensors)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream):
+            there = tuple(sent(tensor, self.device) for tensor in tensors)
+        computing.wait_stream(self.stream)
+        for tensor in there:
+            tensor.record_stream(computing)  # their memory is not the copies' again before that has read it
+        return there
+
+
+def sent(tensor, device):
+    """A tensor of the host on the device, without waiting; but for Apple's, which would read memory that is gone."""
+    return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def ahead(items, depth=3):

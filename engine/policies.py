@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import equalize_image
 
 from engine.chance import stable_seed
+from engine.loader import sent
 
 GREY = 128  # what comes in from outside the image; black would look like something that was erased
 
@@ -107,7 +108,7 @@ def changed(images, operations):
         order = sorted(range(len(each)), key=lambda row: kinds.index(functions[row]))
         parameters = [OPERATIONS[name][1](magnitude, side) for name, magnitude in each]
         table = torch.tensor([[row, *parameters[row], *[0.0] * (6 - len(parameters[row]))] for row in order])
-        table = table.to(images.device, non_blocking=True)  # one copy for all
+        table = sent(table, images.device)  # one copy for all
         done = 0
         for function, rows in itertools.groupby(order, key=lambda row: functions[row]):
             rows = list(rows)
@@ -138,7 +139,7 @@ def rectangles(transform, count, first, shape, *key):
 
 def erased(images, boxes, values):
     """Images [B, 3, H, W] with noise in their boxes, of `rectangles`."""
-    boxes, values = (part.to(images.device, non_blocking=True) for part in (boxes, values))
+    boxes, values = (sent(part, images.device) for part in (boxes, values))
     left, top, width, height, begin = boxes.T[:, :, None, None, None]
     channel, down, across = (torch.arange(n, device=images.device) for n in images.shape[1:])
     down, across = down[:, None] - top, across - left

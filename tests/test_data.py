@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import draw_classes, draw_letter
 from torchvision.transforms import v2
 
@@ -350,3 +351,11 @@ def test_augment_names_one_augmentation_and_what_comes_on_top(text, expected):
 def test_an_augment_that_cannot_be_read_is_refused_with_what_was_expected(text, message):
     with pytest.raises(ValueError, match=f"^{re.escape(repr(text))}: .*{re.escape(message)}"):
         data.read_augment(text)
+
+
+def test_a_grid_kept_inside_repeats_the_edge_where_there_is_no_border_padding():
+    images, moves = torch.rand(4, 3, 20, 33), torch.randn(4, 2, 3)
+    grid = F.affine_grid(moves, images.shape, align_corners=False)
+    expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    found = F.grid_sample(images, data.inside(grid), align_corners=False)
+    assert grid.abs().max() > 1.5 and torch.allclose(found, expected, atol=1e-5)
