@@ -157,7 +157,10 @@ def test_batches_with_a_decoy_reach_the_device_without_a_copy_that_blocks(reside
     dataset = Dataset("zeros", None, list("ab"), names, np.arange(24) % 2, pixels, pixels=Pixels(pixels))
     dataset.decoy = draw_decoy(dataset, {"test": []}, 0)
     monkeypatch.setattr(loader, "RESIDENT_BYTES", 2**30 if resident else 0)
-    batches = iter(loader.Batches(dataset, names, 64, COUNT, DEVICE, seed=0))
+    made = loader.Batches(dataset, names, 64, COUNT, DEVICE, seed=0)
+    if not resident:
+        made.labels = real(torch.zeros)(24, dtype=torch.int64)  # a thread reads them, and fake tensors know only one
+    batches = iter(made)
     assert steps(training_of(), lambda: next(batches)).launches > 100
 
 
