@@ -31,10 +31,11 @@ class Counts:
     def __init__(self, device, energy, before=None):
         self.energy, self.energy_start = energy, energy.watt_hours()
         self.device, self.before = device, dict.fromkeys((*self.ADDED, *self.SHARED), 0) | (before or {})
-        # Loss times images, fresh images, those misled, erased images, on rank 0 skipped steps, which all skip, and all
-        # images; what was counted before is added to as if nothing had come between.
+        # Loss times images, fresh images, those misled, erased images, on rank 0 skipped steps, which all skip, and
+        # images of batches that the device has to count; what was counted before is added to as if nothing had come
+        # between.
         self.sums = torch.tensor([float(self.before.pop(key)) for key in self.ADDED[:6]], device=device)
-        self.second_pass_images, self.steps, self.start = 0, 0, time.perf_counter()
+        self.images, self.second_pass_images, self.steps, self.start = 0, 0, 0, time.perf_counter()
         self.cam_seconds, self.cam_events, self.asked = 0.0, collections.deque(), None
 
     def misled(self, wrong, fresh):
@@ -48,7 +49,10 @@ class Counts:
         self.sums[:4:3] += torch.stack([trained.loss.detach().nan_to_num(0, 0, 0) * count, erased.sum()])
         if updated and ranks.RANK == 0:
             self.sums[4] += skipped
-        self.sums[5] += count
+        if valid is None:
+            self.images += count
+        else:
+            self.sums[5] += count
         self.steps += updated
         self.second_pass_images += trained.second_pass
 
@@ -77,6 +81,7 @@ class Counts:
     def so_far(self, everyone=lambda value: [value], sums=None):
         """{name: number} of this process or of `everyone`; waits for the device, but where its `sums` are given."""
         sums = self.sums.tolist() if sums is None else sums
+        sums[5] += self.images
         self.add_finished()
         energy = self.energy.watt_hours()
         energy = None if None in (energy, self.energy_start) else energy - self.energy_start

@@ -188,3 +188,29 @@ def test_an_epoch_that_was_interrupted_is_counted_on(tmp_path):
     totals = after.totals()
     assert totals["misled"] == pytest.approx(2 / 4) == 1 - totals["train_accuracy"] and totals["energy_wh"] is None
     assert totals["train_seconds"] >= stopped["train_seconds"] > 0
+
+
+class Event:
+    """As torch.cuda.Event, at a time in milliseconds; `clock` is what the GPU has come to."""
+
+    clock = 0
+
+    def __init__(self, time):
+        self.time, self.read = time, 0
+
+    def query(self):
+        return self.time <= Event.clock
+
+    def elapsed_time(self, end):
+        assert end.query()
+        self.read += 1
+        return end.time - self.time
+
+
+def test_each_time_of_a_gpu_is_added_once_and_only_when_it_is_over(tmp_path):
+    counts = costs.Counts(CPU, costs.Energy(CPU, tmp_path))
+    pairs = [(Event(begin), Event(begin + 10)) for begin in range(0, 100, 20)]
+    counts.cam_events.extend(pairs)
+    for Event.clock, expected in ((5, 0), (50, 0.03), (50, 0.03), (89, 0.04), (200, 0.05)):
+        assert counts.so_far()["cam_seconds"] == pytest.approx(expected)
+    assert [begin.read for begin, _ in pairs] == [1] * 5 and not counts.cam_events

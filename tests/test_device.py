@@ -6,6 +6,8 @@ that goes backward without its hardware. What fake tensors do not see, as a copy
 """
 
 import contextlib
+import math
+import time
 
 import numpy as np
 import pytest
@@ -94,40 +96,43 @@ def fake(monkeypatch):
         yield
 
 
-def training_of(model="test_resnet", cam_name="gradcam", **changes):
+def training_of(model="test_resnet", cam_name="gradcam", device=DEVICE, **changes):
     config = settings.resolve(settings.read_configs(), {"model": model, "cam": cam_name, "pretrained": False,
                                                         "amp": "off"}) | changes
     size = {"img_size": 64} if "vit" in model else {}
-    net, *explained = (on(timm.create_model(model, num_classes=CLASSES, **size))
-                       for _ in range(1 + (config["step"] == "heat_from")))
-    t = training.Training(config, net, DEVICE, CLASSES, 100, 3, *explained)
-    t.optimizer.defaults["fused"], t.optimizer.step = True, lambda: None  # it would need the kernels themselves
+    nets = [timm.create_model(model, num_classes=CLASSES, **size) for _ in range(1 + (config["step"] == "heat_from"))]
+    if device == DEVICE:
+        nets = [on(net) for net in nets]
+    t = training.Training(config, nets[0], device, CLASSES, 100, 3, *[net.eval() for net in nets[1:]])
+    if device == DEVICE:
+        t.optimizer.defaults["fused"], t.optimizer.step = True, lambda: None  # it would need the kernels themselves
     if t.proxy.explain is not None:
         for part in t.proxy.explain._parts:
             part.checked = True  # asked once a run
     return t
 
 
-def steps(t, batches, watch=None, count=2):
+def steps(t, batches, watch=Watch, count=2):
     """Some steps as the loop of `train.py` takes them; the first is not watched: the layer is chosen there."""
-    counts = costs.Counts(DEVICE, costs.Energy(torch.device("cpu"), powercap="/none"))
+    counts = costs.Counts(t.device, costs.Energy(torch.device("cpu"), powercap="/none"))
     t.begin_epoch(counts)
-    watch = watch or Watch()
+    watch = watch()
     for step in range(count):
         with watch if step else contextlib.nullcontext():
-            pixels, labels = batches()
+            pixels, labels = batches(t.device)
             images, labels = t.prepare(pixels, labels, 0, step)
             take = proxy.plain if t.config["cam"] == "none" else proxy.STEPS[t.config["step"]]
             trained = take(t.forward, images, labels, t.proxy)
             updated, skipped = t.backward(trained.loss, step, count + 1)
             counts.add(trained, updated, skipped)
+    assert isinstance(watch, Watch) or math.isfinite(counts.totals()["train_loss"])
     return watch
 
 
-def drawn():
+def drawn(device=DEVICE):
     """Pixels and labels on the device."""
-    return (torch.zeros(COUNT, 3, 64, 64, dtype=torch.uint8, device=DEVICE),
-            torch.zeros(COUNT, dtype=torch.int64, device=DEVICE))
+    return (torch.randint(256, (COUNT, 3, 64, 64), dtype=torch.uint8, device=device),
+            torch.randint(CLASSES, (COUNT,), device=device))
 
 
 def cycled(**names):
@@ -161,7 +166,7 @@ def test_batches_with_a_decoy_reach_the_device_without_a_copy_that_blocks(reside
     if not resident:
         made.labels = real(torch.zeros)(24, dtype=torch.int64)  # a thread reads them, and fake tensors know only one
     batches = iter(made)
-    assert steps(training_of(), lambda: next(batches)).launches > 100
+    assert steps(training_of(), lambda device: next(batches)).launches > 100
 
 
 WAITS = {"item": lambda images, labels: images.amax().item(), "if": lambda images, labels: bool(labels[0]),
@@ -187,3 +192,68 @@ def test_what_waits_within_a_step_is_found(fake, monkeypatch):
     monkeypatch.setitem(proxy.FILLS, "black", lambda images, mask, scene: fill(images, mask & bool(mask.any()), scene))
     with pytest.raises(DataDependentOutputException):
         steps(t, drawn)
+
+
+# --- what only a GPU shows
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@contextlib.contextmanager
+def strict():
+    """Within it torch itself raises where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+@pytest.mark.parametrize("changes", CASES, ids=lambda changes: " ".join(map(str, changes.values())))
+def test_on_a_gpu_no_step_waits(changes):
+    steps(training_of(device=torch.device("cuda", 0), **changes), drawn, strict, count=4)
+
+
+@GPU
+@pytest.mark.parametrize("decoy", [False, True])
+def test_on_a_gpu_batches_from_pinned_memory_are_those_of_the_cpu_however_busy_it_is(decoy, monkeypatch):
+    monkeypatch.setattr(loader, "RESIDENT_BYTES", 0)
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 64, 64, 3), dtype=np.uint8)
+    names, work = [str(i) for i in range(512)], torch.randn(4096, 4096, device="cuda")
+    dataset = Dataset("random", None, list("ab"), names, np.arange(512) % 2, pixels, pixels=Pixels(pixels))
+    dataset.decoy = draw_decoy(dataset, {"test": []}, 0) if decoy else None
+    kept = []
+    for images, labels in loader.Batches(dataset, names, 64, 32, torch.device("cuda", 0), seed=0):
+        for _ in range(20):
+            work = (work @ work).clamp_(-1, 1)  # the host runs ahead of it, and memory would be used again
+        kept.append((images.clone(), labels.clone()))
+    for found, expected in zip(kept, loader.Batches(dataset, names, 64, 32, torch.device("cpu"), seed=0), strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected))
+
+
+@GPU
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.skipif(torch.cuda.device_count() < 2,
+                                                                              reason="needs two GPUs"))])
+def test_on_a_gpu_the_heats_seconds_are_those_of_the_device_that_computes_it(index):
+    device = torch.device("cuda", index)
+    counts = costs.Counts(device, costs.Energy(torch.device("cpu"), powercap="/none"))
+    work = torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    with counts.timing_cam():
+        for _ in range(20):
+            work = (work @ work).clamp_(-1, 1)
+    torch.cuda.synchronize(device)
+    taken = time.perf_counter() - start
+    assert 0.5 * taken < counts.so_far()["cam_seconds"] <= taken
+    assert counts.lately()["images_seen"] == counts.totals()["images_seen"] == 0
+
+
+@GPU
+@pytest.mark.parametrize("name", ["RandAugment", "TrivialAugmentWide"])
+def test_on_a_gpu_images_are_augmented_as_on_the_cpu_but_for_rounding(name):
+    pixels = torch.randint(256, (64, 3, 96, 96), dtype=torch.uint8)
+    operations = policies.drawn(getattr(v2, name)(), 64, 0, 96, "x")
+    found = policies.changed(pixels.to("cuda"), operations).cpu().int()
+    assert ((found - policies.changed(pixels, operations).int()).abs() > 1).float().mean() < 0.01  # ties of "nearest"
