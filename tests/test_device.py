@@ -199,20 +199,20 @@ def test_what_waits_within_a_step_is_found(fake, monkeypatch):
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@contextlib.contextmanager
-def strict():
+class Strict:
     """Within it torch itself raises where the host waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *exception):
         torch.cuda.set_sync_debug_mode("default")
 
 
 @GPU
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: " ".join(map(str, changes.values())))
 def test_on_a_gpu_no_step_waits(changes):
-    steps(training_of(device=torch.device("cuda", 0), **changes), drawn, strict, count=4)
+    steps(training_of(device=torch.device("cuda", 0), **changes), drawn, Strict, count=4)
 
 
 @GPU
