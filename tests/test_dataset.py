@@ -70,3 +70,11 @@ def test_reading_a_dataset_leaves_it_byte_for_byte_as_it_was(asl):
     found = load("asl", asl)
     list(Batches(found, found.ids, 32, 8, torch.device("cpu"), workers=1))
     assert hash_folder(asl) == before
+
+
+@pytest.mark.parametrize("cuts", [[], [5], [2, 7]])
+def test_pixels_are_taken_from_one_array_or_several_into_the_memory_that_is_given(cuts):
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    pixels, rows, place = Pixels(*np.split(images, cuts)), np.array([9, 0, 5, 5, 2]), np.zeros((5, 4, 4, 3), np.uint8)
+    assert pixels.take(rows, place) is place
+    assert np.array_equal(place, images[rows]) and np.array_equal(pixels.take(rows), images[rows])

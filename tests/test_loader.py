@@ -13,7 +13,7 @@ from test_data import MEAN, STD, STRATIFIED, alike, load
 
 from engine.dataset import Dataset, Names, Pixels, to_rgb
 from engine.files import UserError
-from engine.loader import Batches, Order, ahead, pixels_of, prepare
+from engine.loader import Batches, Order, ahead, pixels_of, prepare, sent
 from engine.split import make_split
 from staged import with_erased
 
@@ -137,3 +137,12 @@ def test_two_million_files_take_seconds_and_epochs_take_no_more_memory(capsys):
     assert peaks[2] < 1.05 * peaks[0] and peaks[0] < 100 * 2**20
     with capsys.disabled():
         print(f"[2 million files: listed in {made - start:.1f} s, split and batched in {seconds:.1f} s]", end=" ")
+
+
+@pytest.mark.parametrize("device, waits", [("cuda", False), ("mps", True), ("cpu", False)])
+def test_a_copy_waits_on_apples_devices_alone(device, waits):
+    class Tensor:
+        def to(self, device, non_blocking):
+            return device, non_blocking
+
+    assert sent(Tensor(), torch.device(device)) == (torch.device(device), not waits)

@@ -222,6 +222,19 @@ def test_what_passes_for_its_heat_is_normalised_by_its_batch(net):
         assert torch.equal(net.eval()(images), network()(images))
 
 
+@pytest.mark.slow
+def test_a_compiled_network_leaves_its_statistics_alone_too(net):
+    images, _ = batch(1)
+    compiled, kept = torch.compile(net.train(), backend="eager"), [b.clone() for b in net.buffers()]
+    with statistics_kept(net):
+        first = compiled(images)
+    assert alike(net.buffers(), kept) and torch.equal(compiled(images), first) and not alike(net.buffers(), kept)
+    with statistics_kept(net):
+        kept = [b.clone() for b in net.buffers()]
+        compiled(images)
+    assert alike(net.buffers(), kept)
+
+
 # --- which step
 
 
