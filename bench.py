@@ -192,7 +192,8 @@ def bench_step(options):
     """A step: plain; with Proxy Attention at either budget, or with --same-step; and with the library's heat.
 
     Which images count as misled is forced, for 0, 10 and 100% of the batch; copies take up to half of the seats, as in
-    a run. parts of equal: seconds that a step with budget equal spends on what the plain one has not, on a CPU.
+    a run, and with extra ride in half as many seats more, which are computed whether taken or not. parts of equal:
+    seconds that a step with budget equal spends on what the plain one has not, on a CPU.
     """
     device, names = options.device, ["plain", "equal", "extra", "second pass", "library"]
     table = Table(options, f"{options.methods[0]}: milliseconds, then multiples of plain", misled=".0%",

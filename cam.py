@@ -100,15 +100,16 @@ def principal(maps):
     points = F.normalize(points.flatten(1), torch.inf, eps=torch.finfo(maps.dtype).tiny).view_as(points)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would blur the little that tells two components apart
-    sides = points if len(points[0]) < points.shape[2] else points.transpose(1, 2)  # the smaller one first
-    power = gram = sides @ sides.transpose(1, 2)
-    for _ in range(SQUARINGS):
-        power = F.normalize(power.flatten(1)).view_as(power)
-        power = power @ power
-    largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, len(power[0]), 1)
-    vector = gram @ F.normalize(gram @ F.normalize(power.gather(2, largest), dim=1), dim=1)  # the squarings' rounding
-    projection = (points.transpose(1, 2) @ vector if sides is points else vector)[..., 0]
-    torch.set_float32_matmul_precision(precision)
+    try:
+        sides = points if len(points[0]) < points.shape[2] else points.transpose(1, 2)  # the smaller one first
+        power = gram = sides @ sides.transpose(1, 2)
+        for _ in range(SQUARINGS):
+            power = (unit := F.normalize(power.flatten(1)).view_as(power)) @ unit
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, len(power[0]), 1)
+        vector = gram @ F.normalize(gram @ F.normalize(power.gather(2, largest), dim=1), dim=1)  # less rounding
+        projection = (points.transpose(1, 2) @ vector if sides is points else vector)[..., 0]
+    finally:
+        torch.set_float32_matmul_precision(precision)
     flip = torch.where(projection.amax(1) < -projection.amin(1), -1.0, 1.0)
     return (projection * flip[:, None]).view(len(maps), *maps.shape[2:])
 
@@ -304,9 +305,8 @@ class CAM:
     def token_grid(self, count):
         """(h, w) of a grid of `count` tokens in the image's proportions, or None."""
         h = round(math.sqrt(max(count, 0) * self.height / self.width))
-        if h == 0 or count % h or abs(h * self.width / self.height - count // h) > 1:
-            return None
-        return h, count // h
+        fits = h > 0 and count % h == 0 and abs(h * self.width / self.height - count // h) <= 1
+        return (h, count // h) if fits else None
 
     @torch.no_grad()
     def __call__(self, logits, rows=None, classes=None, against=None):
