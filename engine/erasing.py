@@ -97,8 +97,8 @@ def seat(images, labels, waiting, budget, rows=None):
 
     budget "equal": each takes the seat of a fresh image, in `rows` or from the end, so that the step keeps its size.
     budget "extra": they ride behind the batch, in as many seats as there may be copies, so that its size is one and
-    nothing waits until the device has counted; a seat that no copy takes holds the fresh image once more, which leaves
-    the mean of batch norm's statistics where it is, and weighs nothing in the loss.
+    nothing waits until the device has counted; a seat that no copy takes holds a fresh image once more, which weighs
+    nothing in the loss, and of which batch norm sees no other kind than it does anyway.
     fresh: bool [B], False for erased copies and such seats. valid: bool [B], False for such seats, or None for all.
     """
     taken, fresh = waiting.taken, all_fresh(labels)

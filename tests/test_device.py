@@ -148,6 +148,8 @@ CASES += [{"step": step, "budget": budget, "fill": fill, "augment": augment} for
 CASES += [{"cam_name": method} for method in ("none", *cam.METHODS) if method not in (*cam.ATTENTION, "gradcam", "cam")]
 CASES += [{"cam_name": "cam", "layer": "-1"}, {"budget": "extra"}]
 CASES += [{"model": "test_vit", "cam_name": method} for method in ("gradcam", "eigencam", *cam.ATTENTION)]
+SLOW = ("xgradcam", "hirescam", "layercam", "elementwise", "center", "rollout")
+CASES = [pytest.param(case, marks=[pytest.mark.slow] * (case.get("cam_name") in SLOW)) for case in CASES]
 
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: " ".join(map(str, changes.values())))
