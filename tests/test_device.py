@@ -120,7 +120,7 @@ def steps(t, batches, watch=Watch, count=2):
     for step in range(count):
         with watch if step else contextlib.nullcontext():
             pixels, labels = batches(t.device)
-            images, labels = t.prepare(pixels, labels, 0, step)
+            images, labels = t.prepare(pixels, labels, 0, step, count + 1)
             take = proxy.plain if t.config["cam"] == "none" else proxy.STEPS[t.config["step"]]
             trained = take(t.forward, images, labels, t.proxy)
             updated, skipped = t.backward(trained.loss, step, count + 1)
