@@ -140,7 +140,7 @@ def erase_stage(config, folder, dataset, split, device, round_):
                                               "predicted": dataset.classes[best], "confidence": f"{sure:.6f}",
                                               "area": f"{area:.6f}"}))
             erased.add(start, entries, len(copies.labels))
-    held = ranks.everyone(costs.held_mb(device))  # and so the others wait until all have written theirs
+    held = ranks.from_each(range(ranks.RANKS), costs.held_mb, device)  # all have written theirs
     images, selected, count = ranks.from_first(erased.join, len(order))
     return {"images": images, "selected": selected, "erased_images": count,
             "held_mb": max(filter(None, held), default=None)}

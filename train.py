@@ -79,7 +79,7 @@ def run_to_its_end(ready, stop, any_code):
         console.print(f"--mode resplit: {metrics.LEAK}", soft_wrap=True)
     text = ranks.from_first(cache.open_pixels, dataset, config) if dataset.pixels is None else None
     if ranks.RANKS > 1:  # each machine may have a cache of its own
-        ranks.from_first(cache.open_pixels, dataset, config, each_machine=True)
+        ranks.from_each(ranks.machines(), cache.open_pixels, dataset, config)
         if ranks.LOCAL_RANK:
             cache.open_pixels(dataset, config, build=False)
     if text:

@@ -254,7 +254,7 @@ def start_together(options, other, train):
             ready.append(resume(path, options if other["resume"] else {"device": options["device"]}))
 
     path = ranks.from_first(first)
-    ranks.from_first(opened, each_machine=True)
+    ranks.from_each(ranks.machines(), opened)
     opened()
     return ready[0]
 

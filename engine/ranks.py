@@ -24,7 +24,7 @@ HERE = int(os.environ.get("LOCAL_WORLD_SIZE", RANKS))  # processes on this machi
 LAUNCHER = "python" if RANKS == 1 else "torchrun " + f"--nnodes {RANKS // HERE} … " * (RANKS > HERE) + \
     f"--nproc-per-node {HERE}"  # what a user types before train.py to go on
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that all take part in it
-PAUSE = 0.1  # seconds from asking for rank 0's answer to asking again; it may decode a dataset meanwhile
+PAUSE = 0.1  # seconds from asking for another rank's answer to asking again; it may decode a dataset meanwhile
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _store, _answers = None, 0
 
@@ -78,29 +78,39 @@ def to_first(tensor):
     return found
 
 
-def from_first(function, *arguments, each_machine=False):
-    """What rank 0 gets from the function, plain as in JSON, or its UserError, on every rank; the others wait.
+def from_first(function, *arguments):
+    """What rank 0 gets from the function, plain as in JSON, or its UserError, on every rank; the others wait."""
+    return from_each([0], function, *arguments)[0]
 
-    each_machine: the first process of each machine calls it, all wait for all of these, and nothing is returned.
+
+def machines():
+    """The first rank of each machine, for `from_each`."""
+    return range(0, RANKS, HERE)
+
+
+def from_each(which, function, *arguments):
+    """What the ranks `which` get from the function, as a list, or the first UserError of theirs, on every rank.
+
+    All wait for these, however long they take. What they get is plain, as in JSON.
     """
     if RANKS == 1:
-        return function(*arguments)
+        return [function(*arguments)]
     global _answers
     _answers += 1
-    firsts = range(0, RANKS, HERE) if each_machine else [0]
-    keys = [f"answer {_answers} of {rank}" for rank in firsts]
-    if RANK in firsts:
+    keys = [f"answer {_answers} of {rank}" for rank in which]
+    if RANK in which:
         try:
             answer = [function(*arguments), None]
         except UserError as error:
             answer = [None, [str(error), error.resumable]]
-        _store.set(f"answer {_answers} of {RANK}", json.dumps([None, answer[1]] if each_machine else answer))
+        _store.set(f"answer {_answers} of {RANK}", json.dumps(answer))
     while not _store.check(keys):
         time.sleep(PAUSE)
-    for value, error in (json.loads(_store.get(key)) for key in keys):
+    answers = [json.loads(_store.get(key)) for key in keys]
+    for _, error in answers:
         if error is not None:
             raise UserError(*error)
-    return value
+    return [value for value, _ in answers]
 
 
 def first_to_say(text):
