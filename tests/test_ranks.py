@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import runpy
 import signal
 import socket
 import subprocess
@@ -118,6 +119,17 @@ def test_a_process_that_dies_ends_the_job_and_torchrun_goes_on_with_it(tmp_path)
     assert process.returncode == 0, err
     assert [line["epoch"] for line in read_log(tmp_path / "r")] == list(range(1, 13))
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["r"]
+
+
+@pytest.mark.parametrize("world, local, typed", [
+    (None, None, "python"), ("4", "4", "torchrun --nproc-per-node 4"),
+    ("8", "4", "torchrun --nnodes 2 … --nproc-per-node 4")])
+def test_a_run_is_gone_on_with_as_it_was_started(world, local, typed, monkeypatch):
+    for name, value in (("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", local)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    assert runpy.run_path(ranks.__file__)["LAUNCHER"] == typed
 
 
 # What each process does, counted in it.
