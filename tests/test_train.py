@@ -138,7 +138,7 @@ def test_in_the_same_step_each_selected_image_is_trained_on_through_a_second_pas
     assert lines[0]["second_pass_images"] == lines[0]["erased_images"] == 0
     assert lines[1]["erased_images"] == STEPS * 64
     both = STEPS * 64 * (1 if budget == "equal" else 2)
-    assert lines[1]["images_seen"] == lines[1]["second_pass_images"] == both
+    assert lines[1]["images_seen"] == both and lines[1]["second_pass_images"] == STEPS * 64
     assert cost["second_pass_images"] == lines[1]["second_pass_images"] and cost["optimizer_steps"] == 2 * STEPS
     assert "went through the network once more" in capsys.readouterr().out
 
