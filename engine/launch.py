@@ -237,7 +237,8 @@ def start_together(options, other, train):
     machine has a cache of its own, the first process of each does it for those beside it.
     """
     config = shared_config(options, other) if ranks.RANKS > 1 and not other["resume"] else None
-    options["device"] = ranks.start(options.get("device", "auto"))
+    if ranks.RANKS > 1:
+        options["device"] = ranks.start(options.get("device", "auto"))
     ready = []
 
     def first():

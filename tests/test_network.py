@@ -203,6 +203,12 @@ def test_what_is_reported_is_predicted_in_float32_that_nothing_rounds(trained, m
     assert seen[0] == before and seen[-1] == ("highest", False) and precision() == before
 
 
+def test_a_run_goes_on_on_the_device_that_it_was_given(trained, gpu):
+    folder = trained("--device", "cpu", epochs=1)
+    gpu()
+    assert launch.start_together({}, {"resume": folder}, None).device == torch.device("cpu")
+
+
 @pytest.mark.parametrize("option", ["--deterministic", "--no-deterministic"])
 def test_a_run_that_goes_on_has_its_switches_before_anything_is_computed(option, trained):
     folder = trained(option, epochs=1)
