@@ -19,7 +19,7 @@ from engine import experiment, metrics, network, settings
 from engine.files import UserError
 from engine.launch import Parser, program
 from study import appendix, arms, comparison, explain, faithfulness, figures, statistics
-from study.figures import MEASURES, Picture, Section, Table, number, own_span, points, span
+from study.figures import MEASURES, Picture, Section, Table, ends, number, points, span
 
 
 def augmentation(study):
@@ -36,37 +36,26 @@ def augmentation(study):
 def accuracies(study, part="test"):
     """Two Tables: the accuracy of every arm on a part of the split, and what each arm costs."""
     rows = study.rows(part)
-    table = [[row["arm"], study.against[row["arm"]], row["seeds"], points(row["mean"]), points(row["spread"]),
-              points(row.get("difference"), sign=True), " to ".join(map(points, row.get("interval", ()))) or "–",
-              number(row.get("p")), number(row.get("p_holm")), number(row.get("effect"), 2),
-              number(row.get("needed"), 0), row.get("says", "baseline")] for row in rows]
     costs = [[row["arm"], study.against[row["arm"]], *map(number, row["price"].values())]
              for row in rows if row.get("pairs")]
-    return [
-        Table("augmentation", f"{part.replace('_', ' ').capitalize()} accuracy by arm. Differences are paired by seed; "
-              "intervals by bootstrap over seeds and test images; p by permutation over seeds, then by Holm over arms "
-              "with one baseline; d_z is Cohen's; seeds for 0.5: how many would resolve half a point.",
-              ["arm", "against", "seeds", "accuracy %", "sd", "difference", "95% interval", "p", "p, Holm", "d_z",
-               "seeds for 0.5", "in words"], table),
-        Table("price", "What each arm costs, as multiples of what it is compared with (medians over seeds).",
-              ["arm", "against", *comparison.PRICES], costs)]
+    return [figures.accuracies(rows, study.against, part),
+            Table("price", "What each arm costs, as multiples of what it is compared with (medians over seeds).",
+                  ["arm", "against", *comparison.PRICES], costs)]
 
 
 def verdicts(rows):
     """What a comparison found, in a sentence: each arm in words, or of many arms how many of each kind and which."""
     if len(rows) <= 3:
-        return "; ".join(f"{row['arm']} ({points(row['difference'], sign=True)} points): {row['says']}"
-                         for row in rows) or "There is nothing to compare it with"
-    starts = ("better", "worse", "too few", ("no difference", "right and wrong"))
-    better, worse, few, none = ([row for row in rows if row["says"].startswith(start)] for start in starts)
+        said = "; ".join(f"{row['arm']}: {comparison.say(row)}" for row in rows)
+        return said or "There is nothing to compare it with"
+    sure = [row for row in rows if row["p_holm"] < statistics.LEVEL]
     texts = [f"{len(found)} {kind}" + f" ({', '.join(repr(row['arm']) for row in found)})" * bool(found)
-             for kind, found in (("better", better), ("worse", worse)) if found or kind == "better"]
-    if few:
-        texts.append(f"{len(few)} with too few seeds to tell")
-    if none:
-        widest = max(max(map(abs, row["interval"])) for row in none)
-        texts.append(f"{len(none)} with no difference found, and none larger than {points(widest)} points likely")
-    return f"Of {len(rows)} arms " + "; ".join(texts)
+             for kind, found in (("better", [row for row in sure if row["difference"] > 0]),
+                                 ("worse", [row for row in sure if row["difference"] < 0]))]
+    few = sum(row["pairs"] < statistics.fewest_seeds(row["family"]) for row in rows)
+    texts += [f"{len(rows) - len(sure) - few} not significant"]
+    texts += [f"{few} with too few seeds to be significant"] * (few > 0)
+    return f"Of {len(rows)} arms, after Holm over {rows[0]['family']} comparisons: {'; '.join(texts)}"
 
 
 def attention(study):
@@ -84,74 +73,92 @@ def attention(study):
     for arm in others:
         for a, b in arms.pairs(study.arms[arm], study.arms[vit]):
             for key, found in explain.likeness(a, method, b, "rollout", study.device).items():
-                values[key].setdefault(arm, {})[a.seed] = found
+                values[key].setdefault(arm, {})[a.seed] = float(found.mean())
     if base not in values["correlation"]:
         return Section(title, f"{base} and {vit} have no seed in common.")
     likes, overlaps = (comparison.compare_values(each, base) for each in values.values())
-    table = [[a["arm"], number(a["mean"]), span(a), number(b["mean"]), span(b), number(a.get("p")),
-              number(a.get("p_holm"))] for a, b in zip(likes, overlaps)]
+    family = max(row.get("family", 0) for row in comparison.one_family([*likes, *overlaps]))
+    table = [[a["arm"], *(cell for row in (a, b) for cell in (number(row["mean"]), number(row["spread"]), span(row),
+                                                               number(row.get("p"), 4), number(row.get("p_holm"), 4)))]
+             for a, b in zip(likes, overlaps)]
     answer = f"The heat ({method}) of {base} and the rollout of {vit} have a rank correlation of {table[0][1]}"
     two_seeds, gaussian = explain.references(study.arms[base], study.arms[vit], method, study.device)
     for name, has, found in ((f"two seeds of {base}", "have", two_seeds), ("a centred Gaussian", "has", gaussian)):
         if found:
-            cells = [cell for key in values for cell in own_span([each[key] for each in found])]
-            table.append([name, *cells, "–", "–"])
+            means = {key: [float(each[key].mean()) for each in found] for key in values}
+            for key, each in means.items():
+                values[key][name] = dict(enumerate(each))
+            cells = [[number(np.mean(each)), number(comparison.spread(each))] for each in means.values()]
+            table.append([name, *cells[0], "–", "–", "–", *cells[1], "–", "–", "–"])
             answer += f"; {name} {has} {table[-1][1]}"
     if differences := figures.in_words(likes):
-        few = min(row["pairs"] for row in likes[1:]) < statistics.fewest_seeds()
-        answer += f". Against {base}: {differences}" + " (too few seeds to tell)" * few
+        few = min(row["pairs"] for row in likes[1:]) < statistics.fewest_seeds(family)
+        answer += f". Against {base}: {differences}" + f" (too few seeds for Holm over {family})" * few
     dots = figures.dots("attention", likes, f"rank correlation with {vit}, difference to {base}", 1, "")
+    columns = ["sd", "difference, 95% interval", "p", "p, Holm"]
     return Section(title, f"{answer}.", dots + [
         Table("attention", f"How alike {method} heat is to the attention rollout of {vit}, on the same test images: "
-              "rank correlation over pixels; overlap (IoU) of the hottest fifth. Last, what to compare with.",
-              ["arm", "correlation", "difference, 95% interval", "overlap", "difference, 95% interval", "p", "p, Holm"],
-              table)])
+              "rank correlation over pixels; overlap (IoU) of the hottest fifth. Intervals by t over seeds; Holm over "
+              f"both measures and all arms ({family}). Last, what to compare with; each seed is in one pair of seeds.",
+              ["arm", "correlation", *columns, "overlap", *columns], table),
+        figures.per_seed("attention-runs", values)])
 
 
 def convergence(study):
     """Question 3: sooner, and with less data?"""
-    table, texts = [], []
-    for baseline, group in study.groups:
-        for arm, runs in comparison.reached(group, baseline).items():
-            done = [run for run in runs if run["epochs"]]
-            cells = [number(np.mean([run[key] for run in done]) if done else None, digits)
-                     for key, digits in (("epochs", 1), ("images", 0), ("seconds", 1))]
-            table.append([arm, baseline, f"{len(done)} of {len(runs)}", *cells])
-            if arm != baseline:
-                texts.append(f"{arm} reaches that in {len(done)} of {len(runs)} seeds"
-                             + f", after {cells[0]} epochs on average" * bool(done))
-    first = next(row for row in table if row[0] == study.baseline)
-    answer = (f"{study.baseline} reaches its best validation accuracy after {first[3]} epochs; " + "; ".join(texts[:3])
-              + "; …" * (len(texts) > 3) + ".")
+    rows = [row | {"against": baseline} for baseline, group in study.groups
+            for row in comparison.sooner(group, baseline)]
+    compared = comparison.one_family([row["images"] for row in rows if row["arm"] != row["against"]])
+    family = len(compared)
+    table = [[row["arm"], row["against"], f"{100 * row['target']:g}", f"{row['arrived']} of {row['seeds']}",
+              row["horizon"], number(row["epochs"]["mean"], 1), span(row["epochs"], 1),
+              number(row["images"]["mean"], 0), span(row["images"], 0), number(row["images"].get("p"), 4),
+              number(row["images"].get("p_holm"), 4)] for row in rows]
+    sure = [row for row in rows if row["images"].get("p_holm", 1) < statistics.LEVEL]
+    answer = f"Of {family} comparisons (arms times targets), after Holm over all of them, {len(sure)} are significant"
+    if sure:
+        answer += ": " + "; ".join(f"{row['arm']} to {100 * row['target']:g}% {span(row['images'], 0)} images"
+                                   for row in sure[:3]) + "; …" * (len(sure) > 3)
+    elif rows and rows[0]["seeds"] < (least := statistics.fewest_seeds(family or 1)):
+        answer += f"; it takes {least} seeds"
+    reached = [[arm, run.seed, f"{100 * target:g}", when or "", sum(line["images_seen"] for line in run.log[:when])
+                if when else "", len(run.log)] for arm, run in study.results for target in comparison.TARGETS
+               for when in [comparison.epoch_of(run.log, target)]]
     parts = [figures.curves("convergence", study.arms, "val_accuracy", "validation accuracy", " %", 100),
-             Table("convergence", "When each run first reached the best validation accuracy of its baseline with the "
-                   "same seed: means over the seeds that did.",
-                   ["arm", "against", "seeds that did", "epochs", "images", "seconds"], table)]
+             Table("convergence", "How soon validation accuracy first reaches each target that some run reaches; a run "
+                   "that never does counts as the horizon (restricted means, in epochs and in images). Differences by "
+                   "seed, intervals by t; p by permutation on images, then by Holm over arms and targets, "
+                   f"{family} comparisons.",
+                   ["arm", "against", "target %", "arrive", "horizon", "epochs", "difference, 95% interval", "images",
+                    "difference, 95% interval", "p", "p, Holm"], table),
+             Table("convergence-runs", "When each run first reached each target; empty where it never did.",
+                   ["arm", "seed", "target %", "epoch", "images", "epochs in all"], reached, 0, False)]
     found = comparison.by_fraction(study.results)
     if len({fraction for values in found.values() for fraction in values}) > 1:
         more, text = with_less_data(found, study.baseline.split("-train_fraction=")[0])
-        parts, answer = parts + more, f"{answer} {text}"
-    return Section("Does the network converge faster, and so need less data?", answer, parts)
+        parts, answer = parts + more, f"{answer}. {text}"
+    return Section("Does the network converge faster, and so need less data?", f"{answer}.", parts)
 
 
 def with_less_data(found, baseline):
     """[Picture, Table] of accuracy by share of the training data, and sentences. found: `comparison.by_fraction`."""
-    table = [[kind, f"{100 * fraction:g}", len(v), points(np.mean(v)), f"± {points(statistics.half_interval(v))}"]
-             for kind, values in found.items() for fraction, v in values.items()]
-    most, texts, short = max(found[baseline]), [], []
+    most, table, texts = max(found[baseline]), [], []
+    for kind, shares in found.items():
+        for share, seeds in shares.items():
+            row = comparison.compare_values({"all": found[baseline][most], kind: seeds}, "all")[1]
+            own = list(seeds.values())
+            table.append([kind, f"{100 * share:g}", len(own), points(np.mean(own)), points(comparison.spread(own)),
+                          ends(statistics.interval(own)), points(row.get("difference"), sign=True),
+                          ends(row.get("interval"))])
     for kind in (kind for kind in found if kind != baseline):
-        equal = [f for f, v in found[kind].items() if f < most and np.mean(v) >= np.mean(found[baseline][most])]
-        if equal:
-            texts.append(f"{kind} equals the arm {baseline} on {100 * most:g}% of the data with {100 * equal[0]:g}%.")
-        else:
-            short.append(kind)
-    if short:
-        texts.append(f"With less of it {', '.join(short)} did not equal {baseline} on {100 * most:g}% of the data.")
-    caption = "Test accuracy by share of the training data: mean over seeds and its 95% interval (t)."
+        less = [row for row in table if row[0] == kind and float(row[1]) < 100 * most]
+        texts += [f"{kind} with {less[-1][1]}%: {less[-1][6]} points ({less[-1][7]})"] * bool(less)
+    caption = "Test accuracy by share of the training data: mean over seeds and its 95% interval (t)"
     words = "; ".join(f"{row[0]} with {row[1]}%: {row[3]}" for row in table)
-    return [Picture("data-efficiency", caption, figures.data_efficiency(found), words),
-            Table("data-efficiency", caption, ["kind", "share %", "seeds", "accuracy %", "95% interval"], table, None)
-            ], " ".join(texts)
+    return [Picture("data-efficiency", f"{caption}.", figures.data_efficiency(found), words),
+            Table("data-efficiency", f"{caption}; the difference, by seed, to {baseline} with {100 * most:g}% of it.",
+                  ["kind", "share %", "seeds", "accuracy %", "sd", "95% interval", "difference", "its 95% interval"],
+                  table, None)], f"Against {baseline} on {100 * most:g}% of the data: {'; '.join(texts)}"
 
 
 def explainability(study):
@@ -161,24 +168,31 @@ def explainability(study):
         return Section(title, "Left out by --no-heat.")
     for arm, run in study.results:
         for name, found in explain.write_explanations(run.folder, study.method, study.device).items():
-            values.setdefault(name, {}).setdefault(arm, {})[run.seed] = found
-    rows = {name: study.figures(values[name]) for name in MEASURES if len(values.get(name, ())) == len(study.arms)}
+            if found.ndim == 1:  # not a curve
+                values.setdefault(name, {}).setdefault(arm, {})[run.seed] = float(found.mean())
+    values = {name: values[name] for name in MEASURES if len(values.get(name, ())) == len(study.arms)}
+    rows = {name: study.figures(each) for name, each in values.items()}
+    for baseline in {*study.against.values()}:  # what is said of a baseline's arms is said by all measures
+        comparison.one_family([row for each in rows.values() for row in each
+                               if study.against[row["arm"]] == baseline])
     compared = {name: [row for row in each if row.get("pairs")] for name, each in rows.items()}
     table = [[MEASURES[name], row["arm"], number(row["mean"], 4), number(row["spread"], 4), span(row),
-              number(row.get("p")), number(row.get("p_holm"))] for name, each in rows.items() for row in each]
+              number(row.get("p"), 4), number(row.get("p_holm"), 4), row.get("family", "–")]
+             for name, each in rows.items() for row in each]
     sure = [f"{row['arm']}: {MEASURES[name]} {row['difference']:+.3f}"
             for name, each in compared.items() for row in each if row["p_holm"] < statistics.LEVEL]
-    few = min((row["pairs"] for each in compared.values() for row in each), default=0) < statistics.fewest_seeds()
-    answer = "; ".join(sure) or ("too few seeds to tell" if few else
-                                 "no measure differs from the baseline's beyond chance")
-    caption = f"Explanations by {study.method}, on {explain.EXPLAINED} test images of each seed."
-    parts = [Table("explanations", caption, ["measure", "arm", "mean", "sd", "difference, 95% interval", "p",
-                                             "p, Holm"], table, 1)]
+    few = any(row["pairs"] < statistics.fewest_seeds(row["family"]) for each in compared.values() for row in each)
+    found = "; ".join(sure) or ("too few seeds to tell" if few else "no measure differs significantly after Holm")
+    caption = (f"Explanations by {study.method}, on {explain.EXPLAINED} test images of each seed; intervals by t over "
+               "seeds; Holm over all measures and arms of one baseline, the family.")
+    parts = [Table("explanations", caption, ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm",
+                                             "family"], table, 1),
+             figures.per_seed("explanations-runs", values)]
     if any(compared.values()):
         words = "; ".join(f"{MEASURES[name]}: {figures.in_words(each)}" for name, each in compared.items())
-        caption = "Differences in each measure, paired by image and seed, with 95% intervals."
+        caption = "Differences in each measure, paired by seed, with 95% intervals (t)."
         parts = [Picture("explanations", caption, figures.measures(compared), words), *parts]
-    return Section(title, f"Measured with {study.method}, which no arm was trained with: {answer}.", parts)
+    return Section(title, f"Measured with {study.method}, which no arm was trained with: {found}.", parts)
 
 
 def shortcut(study):
@@ -188,13 +202,16 @@ def shortcut(study):
         if not parts and any(run.config["decoy"] for runs in group.values() for run in runs.values()):
             parts, answers = planted(study, base, group)
     if any("worst_group" in run.metrics["test"] for _, run in study.results):
-        worst = {arm: {seed: np.array([run.metrics["test"]["worst_group"]]) for seed, run in runs.items()}
+        worst = {arm: {seed: run.metrics["test"]["worst_group"] for seed, run in runs.items()}
                  for arm, runs in study.arms.items()}
+        rows = comparison.one_family(study.figures(worst))
         table = [[row["arm"], row["seeds"], points(row["mean"]), points(row["spread"]),
-                  points(row.get("difference"), sign=True), number(row.get("p"))] for row in study.figures(worst)]
+                  points(row.get("difference"), sign=True), ends(row.get("interval")), number(row.get("p"), 4),
+                  number(row.get("p_holm"), 4)] for row in rows]
         answers.append("Worst group: " + "; ".join(f"{row[0]} {row[2]}%" for row in table) + ".")
-        parts.append(Table("groups", "Test accuracy in % of the worst group (class within group; Sagawa et al. 2020).",
-                           ["arm", "seeds", "worst group", "sd", "difference", "p"], table))
+        parts.append(Table("groups", "Test accuracy in % of the worst group (class within group; Sagawa et al. 2020). "
+                           f"Intervals by t over seeds; Holm over the {sum('p' in row for row in rows)} comparisons.",
+                           ["arm", "seeds", "worst group", "sd", "difference", "95% interval", "p", "p, Holm"], table))
     title = "Can it unlearn a shortcut that nobody labelled?"
     return Section(title, " ".join(answers), parts) if parts else None
 
@@ -220,8 +237,8 @@ def planted(study, base, group):
     parts = figures.dots("shortcut", compared, f"accuracy where the square lies, points against {base}") + [
         Table("shortcut", "Accuracy in %: validation (the square tells the truth), test (it lies), the same test "
               "without squares; the share of the heat on the square, and what chance would give. Leans: how many runs "
-              "depend on few pixels by python -m study.explain RUN --leaning, and by how many points (above "
-              f"{100 * faithfulness.SHORTCUT:g} it does).", names, table)]
+              "depend on few pixels by python -m study.explain RUN --leaning, the exact 95% interval of that share, "
+              f"and by how many points (above {100 * faithfulness.SHORTCUT:g} it does).", names, table)]
     if ways:
         parts.append(Table(
             "where", "By python -m study.explain RUN --where, in %: how much of the square in validation images the "
@@ -244,7 +261,9 @@ def few_pixels(study, runs):
     if not study.heat and not all((run.folder / "leaning.json").exists() for run in runs):
         return ["–", "–"]
     gaps = [explain.write_leaning(run.folder, study.device)["ways"][0]["gap"] for run in runs]
-    return [f"{sum(gap > faithfulness.SHORTCUT for gap in gaps)} of {len(gaps)}", points(np.mean(gaps), sign=True)]
+    count = sum(gap > faithfulness.SHORTCUT for gap in gaps)
+    return [f"{count} of {len(gaps)} ({ends(statistics.exact_interval(count, len(gaps)), 0)}%)",
+            points(np.mean(gaps), sign=True)]
 
 
 def continual(study):
@@ -290,15 +309,17 @@ def leak(study):
     table = []
     for arm, runs in study.arms.items():
         mode = next(iter(runs.values())).config["mode"]
-        val, test = (np.array([run.metrics[part]["accuracy"] for run in runs.values()]) for part in ("val", "test"))
-        cells = [(points(each.mean()), f"± {points(statistics.half_interval(each))}") for each in (val, test)]
-        table.append([arm, mode, len(runs), *cells[0], *cells[1], points((val - test).mean(), sign=True)])
+        val, test = ([run.metrics[part]["accuracy"] for run in runs.values()] for part in ("val", "test"))
+        cells = [cell for each in (val, test) for cell in (points(np.mean(each)), ends(statistics.interval(each)))]
+        gaps = np.subtract(val, test)
+        table.append([arm, mode, len(runs), *cells, points(gaps.mean(), sign=True), ends(statistics.interval(gaps))])
     if all(row[1] != "resplit" for row in table):
         return None
     answer = "; ".join(f"{row[0]}: {row[3]}% on validation, {row[5]}% on test" for row in table)
     return Section("How much of the validation accuracy is a leak?", f"{answer}. Note: {metrics.LEAK}.", [
-        Table("leak", "Accuracy in % and its 95% interval over seeds (t); above: validation minus test.",
-              ["arm", "mode", "seeds", "validation", "interval", "test", "interval", "above"], table)])
+        Table("leak", "Accuracy in % and its 95% interval over seeds (t); above: validation minus test, by seed.",
+              ["arm", "mode", "seeds", "validation", "its 95% interval", "test", "its 95% interval", "above",
+               "its 95% interval"], table)])
 
 
 QUESTIONS = (augmentation, attention, convergence, explainability, shortcut, continual, confidence, leak)

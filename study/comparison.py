@@ -1,6 +1,6 @@
 """Arms against a baseline: paired differences, how sure they are, and what they cost; what was reached, and what kept.
 
-Shares are in [0, 1]; a difference is arm minus baseline.
+Shares are in [0, 1]; a difference is arm minus baseline. Seeds are what repeats: each gives an arm one figure.
 """
 
 import functools
@@ -13,6 +13,7 @@ from study.arms import pairs
 
 PRICES = {"seconds": "train_seconds", "images": "images_seen", "steps": "optimizer_steps",
           "memory": "peak_gpu_allocated_mb", "energy": "energy_wh"}
+TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # of validation accuracy, whatever the data: how soon is each reached?
 
 
 class Study:
@@ -32,79 +33,88 @@ class Study:
 
     @functools.cache
     def rows(self, part="test"):
-        """`compare` of every group."""
-        return [row for baseline, group in self.groups for row in compare(group, baseline, part)]
+        """The accuracies of every group on a part of the split, as `compare`, all of them one family."""
+        return one_family([row for baseline, group in self.groups for row in compare(group, baseline, part)])
 
     def figures(self, values):
-        """`compare_values` of every group. values: {arm: {seed: float [N]}}."""
+        """`compare_values` of every group. values: {arm: {seed: float}}."""
         return [row for baseline, group in self.groups
                 for row in compare_values({arm: values[arm] for arm in group}, baseline)]
 
 
 def compare(arms, baseline, part="test"):
     """The accuracy of every arm beside the baseline's, on one part of the split: as `compare_values`, and for all but
-    the baseline needed (seeds that would resolve half a point), alike (right and wrong on the same images), says, price
-    ({name: ratio to the baseline, or None}).
+    the baseline price ({name: ratio to the baseline, or None}). Raises UserError where pairs have other test images.
     """
-    right = {arm: {seed: run.correct(part) for seed, run in runs.items()} for arm, runs in arms.items()}
     paired = {arm: pairs(runs, arms[baseline]) for arm, runs in arms.items()}
-    shared = {arm for arm, found in paired.items()
-              if len(found) > 1 and all(b.split["test"] == found[0][1].split["test"] for _, b in found)}
-    rows = compare_values(right, baseline, shared)
-    count = sum("p" in row for row in rows)
+    rows = compare_values({arm: {seed: run.correct(part).mean() for seed, run in runs.items()}
+                           for arm, runs in arms.items()}, baseline)
     for row in rows[1:]:
-        found = paired[row["arm"]]
-        if not found:
-            row |= {"pairs": 0, "says": "no seed in common with the baseline"}
-            continue
-        row["alike"] = all(np.array_equal(a.correct(part), b.correct(part)) for a, b in found)
-        row["needed"] = statistics.seeds_to_resolve(row["deviation"]) if len(found) > 1 else None
-        row |= {"says": say(row, count), "price": price(found)}
+        row["price"] = price(paired[row["arm"]]) if row["pairs"] else None
     return rows
 
 
-def compare_values(values, baseline, shared=()):
-    """Any figure that each image of a run has, of every arm beside the baseline's: a dict per arm, the baseline first.
+def compare_values(values, baseline):
+    """Any figure that each run has, of every arm beside the baseline's: a dict per arm, the baseline first.
 
-    Keys: arm, seeds, mean, spread (standard deviation over seeds); and for arms that share seeds with the baseline
-    pairs, difference, deviation (of the seeds' differences), interval, p (permutation, over seeds), p_holm, effect
-    (Cohen's d_z). values: {arm: {seed: bool or float [N]}}; a seed has the same images in every arm. shared: arms whose
-    seeds all have the same images.
+    Keys: arm, seeds, mean, spread (standard deviation over seeds); for all but the baseline pairs, the number of seeds
+    that both have; and where there are any difference, deviation (of the seeds' differences), interval (None for one
+    seed), p (permutation, over seeds), effect (Cohen's d_z), needed (seeds that would resolve half a point).
+    `one_family` corrects p. values: {arm: {seed: float}}.
     """
     rows = []
     for arm in [baseline, *(arm for arm in values if arm != baseline)]:
-        means = [each.mean() for each in values[arm].values()]
-        row = {"arm": arm, "seeds": len(means), "mean": float(np.mean(means)),
-               "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None}
+        means = list(values[arm].values())
+        row = {"arm": arm, "seeds": len(means), "mean": float(np.mean(means)), "spread": spread(means)}
         rows.append(row)
-        seeds = sorted(set(values[arm]) & set(values[baseline]))
-        if arm == baseline or not seeds:
+        if arm == baseline:
             continue
-        kind = np.int8 if values[arm][seeds[0]].dtype == bool else np.float64
-        found = [values[arm][seed].astype(kind) - values[baseline][seed] for seed in seeds]
-        gains = np.array([each.mean() for each in found])
-        deviation = gains.std(ddof=1) if len(gains) > 1 else None
-        row |= {"pairs": len(gains), "difference": float(gains.mean()), "deviation": deviation,
-                "interval": statistics.bootstrap_interval(found, arm in shared),
-                "p": statistics.permutation_p(gains), "effect": float(gains.mean() / deviation) if deviation else None}
-    compared = [row for row in rows if "p" in row]
-    for row, p in zip(compared, statistics.holm([row["p"] for row in compared])):
-        row["p_holm"] = p
+        seeds = sorted(set(values[arm]) & set(values[baseline]))
+        row["pairs"] = len(seeds)
+        if seeds:
+            gains = np.array([values[arm][seed] - values[baseline][seed] for seed in seeds], float)
+            deviation = spread(gains)
+            row |= {"difference": float(gains.mean()), "deviation": deviation, "interval": statistics.interval(gains),
+                    "p": statistics.permutation_p(gains),
+                    "effect": float(gains.mean() / deviation) if deviation else None,
+                    "needed": None if deviation is None else statistics.seeds_to_resolve(deviation)}
     return rows
 
 
-def say(row, arms=1):
-    """What a comparison's figures, as those of one of so many arms, allow to conclude, in words."""
-    points = 100 * row["difference"]
-    if row["alike"]:
-        return "right and wrong on the same images"
-    if row["pairs"] < (least := statistics.fewest_seeds()):
-        return f"too few seeds to tell: {row['pairs']}, at least {least} are needed"
-    if row["p_holm"] < statistics.LEVEL:
-        return f"{'better' if points > 0 else 'worse'} by {abs(points):.2f} points"
-    if row["p"] < statistics.LEVEL and row["pairs"] < (least := statistics.fewest_seeds(arms)):
-        return f"too few seeds to tell among {arms} arms: {row['pairs']}, at least {least} are needed"
-    return f"no difference larger than {100 * max(map(abs, row['interval'])):.2f} points"
+def spread(values):
+    """Standard deviation over seeds; None for one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def one_family(rows):
+    """The rows of a sentence or a table, with what Holm's correction over all of them leaves: p_holm and family, their
+    number, in each row that has a p. A sentence that speaks of several measures, arms or sizes takes the rows of all.
+    """
+    compared = [row for row in rows if "p" in row]
+    for row, p in zip(compared, statistics.holm([row["p"] for row in compared])):
+        row |= {"p_holm": p, "family": len(compared)}
+    return rows
+
+
+def say(row):
+    """What the interval of a comparison of accuracies, and its p as `one_family` left it, allow to say, in words."""
+    if "pairs" not in row:
+        return "baseline"
+    if not row["pairs"]:
+        return "no seed in common with the baseline"
+    if not row["difference"] and not row["deviation"]:
+        return "the same in every seed"
+    size, family = f"{'better' if row['difference'] > 0 else 'worse'} by {100 * abs(row['difference']):.2f} points", ""
+    if row["pairs"] < 2:
+        return f"{size} in one seed, which says nothing of others"
+    low, high = sorted(100 * np.sign(row["difference"]) * end for end in row["interval"])
+    if row["family"] > 1:
+        family = f" after Holm over {row['family']} comparisons"
+    if row["pairs"] < (least := statistics.fewest_seeds(row["family"])):
+        verdict = f"{row['pairs']} seeds cannot be significant{family}, {least} can"
+    else:
+        verdict = f"{'significant' if row['p_holm'] < statistics.LEVEL else 'not significant'}{family}"
+    return f"{size} ({low:.2f} to {high:.2f}), {verdict}"
 
 
 def price(paired):
@@ -119,28 +129,52 @@ def price(paired):
     return found
 
 
-def reached(arms, baseline):
-    """When each run first reached the best validation accuracy of the baseline's run of its seed, of training since the
-    run began: {arm: [{"seed", "epochs", "images", "seconds"}]}, None where it never did.
+def sooner(arms, baseline):
+    """How soon each arm reaches each of TARGETS, against the baseline's runs of the same seeds, in epochs and images.
+
+    A dict for each target that some run reaches, and each arm: target, arm, seeds, arrived (how many reach it), horizon
+    (epochs, the fewest of these runs), and, for epochs and images, a row of `compare_values` of the time to the target.
+    A run that never arrives is censored at the horizon and counts as that: such a mean is restricted, the area under
+    the Kaplan-Meier curve up to the horizon (Royston and Parmar 2013). Images take the fewest images of these runs.
     """
-    found = {}
-    for arm, runs in arms.items():
-        found[arm] = []
-        for seed in sorted(set(runs) & set(arms[baseline])):
-            target, log = max(line["val_accuracy"] for line in arms[baseline][seed].log), runs[seed].log
-            when = next((i for i, line in enumerate(log, 1) if line["val_accuracy"] >= target), None)
-            images, seconds = (sum(line[key] for line in log[:when]) if when else None
-                               for key in ("images_seen", "train_seconds"))
-            found[arm].append({"seed": seed, "epochs": when, "images": images, "seconds": seconds})
-    return found
+    rows = []
+    for target in TARGETS:
+        each = [sooner_to(target, arm, arms, baseline) for arm in arms if set(arms[arm]) & set(arms[baseline])]
+        rows += each if any(row["arrived"] for row in each) else []
+    return rows
+
+
+def sooner_to(target, arm, arms, baseline):
+    """The dict of `sooner` of one target and one arm."""
+    seeds = sorted(set(arms[arm]) & set(arms[baseline]))
+    logs = {name: {seed: arms[name][seed].log for seed in seeds} for name in (baseline, arm)}
+    horizon = min(len(log) for each in logs.values() for log in each.values())
+    seen = {name: {seed: np.cumsum([line["images_seen"] for line in log[:horizon]]) for seed, log in each.items()}
+            for name, each in logs.items()}
+    most = min(images[-1] for each in seen.values() for images in each.values())
+    epochs, images = {}, {}
+    for name, each in logs.items():
+        when = {seed: epoch_of(log[:horizon], target) for seed, log in each.items()}
+        epochs[name] = {seed: epoch or horizon for seed, epoch in when.items()}
+        images[name] = {seed: min(seen[name][seed][epoch - 1], most) if epoch else most for seed, epoch in when.items()}
+    return {"target": target, "arm": arm, "seeds": len(seeds), "arrived": sum(map(bool, when.values())),
+            "horizon": horizon, "epochs": compare_values(epochs, baseline)[-1],
+            "images": compare_values(images, baseline)[-1]}
+
+
+def epoch_of(log, target):
+    """The first epoch, from 1, whose validation accuracy is at least target; None where there is none."""
+    return next((epoch for epoch, line in enumerate(log, 1) if line["val_accuracy"] >= target), None)
 
 
 def by_fraction(results):
-    """{kind: {share of the training data: [test accuracy]}} of (arm, Result) pairs; a kind is an arm at every share."""
+    """{kind: {share of the training data: {seed: test accuracy}}} of (arm, Result) pairs; a kind is an arm at every
+    share.
+    """
     found = {}
     for arm, run in results:
         kind = found.setdefault(arm.split("-train_fraction=")[0], {})
-        kind.setdefault(run.config["train_fraction"], []).append(run.correct("test").mean())
+        kind.setdefault(run.config["train_fraction"], {})[run.seed] = run.correct("test").mean()
     return {kind: dict(sorted(values.items())) for kind, values in found.items()}
 
 

@@ -100,11 +100,12 @@ def likeness(a, method_a, b, method_b, device, ids=None):
 
 
 def references(cnn, vit, method, device):
-    """What the likeness of a CNN and a ViT is compared with, as two lists of `likeness`: of seeds of the CNN, on test
-    images that both have; and of a Gaussian in the middle of the image with the ViT. cnn, vit: {seed: Result}.
+    """What the likeness of a CNN and a ViT is compared with, as two lists of `likeness`: of pairs of seeds of the CNN,
+    each seed in one pair, on test images that both have; and of a Gaussian in the middle of the image with the ViT.
+    cnn, vit: {seed: Result}.
     """
     runs, two_seeds = [cnn[seed] for seed in sorted(cnn)], []
-    for a, b in zip(runs, runs[1:]):
+    for a, b in zip(runs[::2], runs[1::2]):
         theirs = set(b.split["test"])
         if both := [image_id for image_id in a.split["test"] if image_id in theirs][:EXPLAINED]:
             two_seeds.append(likeness(a, method, b, method, device, both))
@@ -148,7 +149,7 @@ def write_leaning(path, device=torch.device("cpu")):
 
     Into leaning.json, and returned: images; right, their share; ways: for each of `faithfulness.WAYS` that has a layer
     in the network cam, explain, layer, the shares of `leaning`, gap (random minus hottest), and interval, its 95%
-    interval over images; the largest gap first. What is there is not measured again.
+    interval (t) over images, of this network alone; the largest gap first. What is there is not measured again.
     """
     run = folder.open_run(path)
     file = run.folder / "leaning.json"
@@ -167,7 +168,7 @@ def write_leaning(path, device=torch.device("cpu")):
         values = {name: torch.cat([batch[name] for batch in found]).cpu().numpy() for name in found[0]}
         gap = values["random"].astype(np.int8) - values["hottest"].astype(np.int8)
         ways.append({**dict(zip(WAY, way)), **{name: float(value.mean()) for name, value in values.items()},
-                     "gap": float(gap.mean()), "interval": statistics.bootstrap_interval([gap], False)})
+                     "gap": float(gap.mean()), "interval": statistics.interval(gap)})
     if not ways:
         raise UserError(f"--leaning {path}: {reason}")
     ways.sort(key=lambda way: -way["gap"])
@@ -178,7 +179,7 @@ def write_leaning(path, device=torch.device("cpu")):
 def describe_leaning(path, found):
     """What `write_leaning` found, as lines for the terminal."""
     rows = [[way["cam"], way["layer"] or RULE, way["explain"], points(way["hottest"], 1), points(way["random"], 1),
-             points(way["gap"], 1, True), " to ".join(points(end, 1) for end in way["interval"])]
+             points(way["gap"], 1, True), " to ".join(points(end, 1) for end in way["interval"] or ())]
             for way in found["ways"]]
     table = as_text(["method", "layer", "explained", "hottest %", "random %", "costs", "95% interval"], rows)
     answer = f"It depends on few pixels, as on a shortcut: train with {UNLEARN}"

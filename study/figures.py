@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engine import files
-from study import statistics
+from study import comparison, statistics
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, darkest first.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c8c8c")
@@ -31,8 +31,9 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}", "<"
          ">": r"\textgreater{}", "–": "--", **{c: "\\" + c for c in "{}$&#%_"}}
 
 
-# The parts of a report. Table.arm: the column that names the arm, or None. Picture.alternative: the figure in words.
-Table = namedtuple("Table", "name caption header rows arm", defaults=[0])
+# The parts of a report. Table.arm: the column that names the arm, or None; shown: on the page, or in its files alone.
+# Picture.alternative: the figure in words.
+Table = namedtuple("Table", "name caption header rows arm shown", defaults=[0, True])
 Picture = namedtuple("Picture", "name caption figure alternative")
 Section = namedtuple("Section", "title answer parts", defaults=[()])  # a question, its answer, tables and pictures
 
@@ -47,18 +48,39 @@ def number(value, digits=3):
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def span(row):
+def ends(interval, digits=2, scale=100):
+    """An interval as text, by default of shares in points; a dash for None."""
+    return " to ".join(f"{scale * end:.{digits}f}" for end in interval) if interval else "–"
+
+
+def span(row, digits=3):
     """The difference of a row of `comparison.compare_values`, and its interval; a dash where it has none."""
     if not row.get("pairs"):
         return "–"
-    low, high = row["interval"]
-    return f"{row['difference']:+.3f} ({low:.3f} to {high:.3f})"
+    return f"{row['difference']:+.{digits}f} ({ends(row['interval'], digits, 1)})"
 
 
-def own_span(values):
-    """The mean over seeds of values, S arrays [N_s], and its own 95% interval, as texts."""
-    low, high = statistics.bootstrap_interval(values, False)
-    return number(np.mean([each.mean() for each in values])), f"its own: {low:.3f} to {high:.3f}"
+def accuracies(rows, against, part="test"):
+    """The Table of the accuracies of arms, compared. rows: of `comparison.compare`. against: {arm: its baseline}."""
+    table = [[row["arm"], against[row["arm"]], row["seeds"], points(row["mean"]), points(row["spread"]),
+              points(row.get("difference"), sign=True), ends(row.get("interval")), number(row.get("p"), 4),
+              number(row.get("p_holm"), 4), number(row.get("effect"), 2), number(row.get("needed"), 0),
+              comparison.say(row)] for row in rows]
+    family = max((row.get("family", 0) for row in rows), default=0)
+    return Table(
+        "augmentation", f"{part.replace('_', ' ').capitalize()} accuracy by arm. Differences are paired by seed; "
+        "intervals are Student's t over the seeds' differences; p by permutation over seeds, then by Holm over the "
+        f"{family} comparisons of this table; d_z is Cohen's; seeds for 0.5: how many would resolve half a point.",
+        ["arm", "against", "seeds", "accuracy %", "sd", "difference", "95% interval", "p", "p, Holm", "d_z",
+         "seeds for 0.5", "in words"], table)
+
+
+def per_seed(name, values):
+    """The Table of what each run has, in files alone: intervals rest on it. values: {measure: {arm: {seed: float}}}."""
+    rows = [[measure, arm, seed, number(value, 5)] for measure, arms in values.items() for arm, each in arms.items()
+            for seed, value in sorted(each.items())]
+    return Table(name, "A row for each run, of which the means and intervals are.", ["measure", "arm", "seed", "value"],
+                 rows, 1, False)
 
 
 def legend(axes):
@@ -69,16 +91,16 @@ def legend(axes):
 
 
 def dots(name, rows, label, scale=100.0, unit=" points"):
-    """[the Picture of differences to the baseline with their 95% intervals, an arm per line]; none without differences.
+    """[the Picture of differences to the baseline with their 95% intervals, an arm per line]; none without intervals.
 
     rows: of `comparison.compare`. label: of the axis, in which a difference of 1 is `scale`. unit: of the words.
     """
-    rows = [row for row in rows if row.get("pairs")]
+    rows = [row for row in rows if row.get("interval")]
     if not rows:
         return []
     figure = Figure((7, 0.9 + 0.32 * len(rows)), layout="constrained")
     draw_dots(figure.add_subplot(xlabel=label), rows, scale)
-    caption = f"Differences with 95% intervals, paired by seed: {label}."
+    caption = f"Differences with 95% intervals (t, over seeds), paired by seed: {label}."
     return [Picture(name, caption, figure, in_words(rows, scale, unit))]
 
 
@@ -96,8 +118,8 @@ def draw_dots(axes, rows, scale=1.0):
 
 def in_words(rows, scale=1.0, unit=""):
     """Differences and their intervals as words; rows without a difference are left out."""
-    return "; ".join(f"{row['arm']} {scale * row['difference']:+.2f}{unit}, interval {scale * row['interval'][0]:.2f} "
-                     f"to {scale * row['interval'][1]:.2f}" for row in rows if row.get("pairs"))
+    return "; ".join(f"{row['arm']} {scale * row['difference']:+.2f}{unit}, interval {ends(row['interval'], 2, scale)}"
+                     for row in rows if row.get("pairs"))
 
 
 def measures(rows):
@@ -106,7 +128,7 @@ def measures(rows):
     figure = Figure((9, lines * (0.9 + 0.25 * max(map(len, rows.values())))), layout="constrained")
     panels = list(figure.subplots(lines, 2, squeeze=False).flat)
     for axes, (name, each) in zip(panels, rows.items()):
-        draw_dots(axes, each)
+        draw_dots(axes, [row for row in each if row.get("interval")])
         axes.set_title(MEASURES[name], fontsize=9)
         axes.tick_params(labelsize=8)
     for axes in panels[len(rows):]:
@@ -140,11 +162,11 @@ def data_efficiency(found):
     axes = Figure((7, 4), layout="constrained").add_subplot(
         xlabel="share of the training data %", ylabel="test accuracy %", xscale="log", prop_cycle=STYLES)
     for kind, values in found.items():
-        x = [100 * share for share in values]
-        mean = 100 * np.array([np.mean(each) for each in values.values()])
-        half = 100 * np.array([statistics.half_interval(each) for each in values.values()])
+        x, each = [100 * share for share in values], [list(seeds.values()) for seeds in values.values()]
+        mean = 100 * np.array([np.mean(seeds) for seeds in each])
+        low, high = 100 * np.array([statistics.interval(seeds) or (np.mean(seeds),) * 2 for seeds in each]).T
         [line] = axes.plot(x, mean, label=kind)
-        axes.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     shares = sorted({100 * share for values in found.values() for share in values})
     axes.set_xticks(shares, [f"{share:g}" for share in shares])
     axes.minorticks_off()

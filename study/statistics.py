@@ -6,42 +6,26 @@ import numpy as np
 from scipy import optimize, stats
 
 LEVEL = 0.05  # of tests; intervals are of 1 - LEVEL
-DRAWS = 10_000  # of the bootstrap
 RESOLVE = 0.005  # half a point of accuracy: how many seeds would resolve it?
 POWER = 0.8  # with which probability
 NORMAL_FROM = 1000  # pairs from which on Student's t is taken as normal
 
 
-def bootstrap_interval(differences, shared):
-    """95% interval of the mean difference, over seeds and test images; with one seed over its images alone.
+def interval(values):
+    """95% interval of the mean over seeds, by Student's t: (low, high), or None for fewer than two.
 
-    A two-level bootstrap, Davison and Hinkley 1997, section 3.8. differences: S arrays [N_s], arm minus baseline, of
-    each seed's test images: int8 of what was correct (-1, 0 or 1), or any figure. shared: whether these are the same
-    images for all seeds, so that they are drawn together.
+    values: [S], a figure of each seed, or a seed's difference between two arms. Seeds are taken as independent: it
+    speaks of other seeds, and of other images only as far as each seed has test images of its own.
     """
-    draw, seeds = np.random.default_rng(0), len(differences)
-    chosen = draw.integers(seeds, size=(DRAWS, seeds))
-    if shared:
-        means = np.take_along_axis(_means_of_draws(draw, np.stack(differences), DRAWS), chosen, 1)
-    elif differences[0].dtype != np.int8:
-        means = np.empty(chosen.shape)
-        for seed, values in enumerate(differences):
-            means[chosen == seed] = _means_of_draws(draw, values[None], (chosen == seed).sum())[:, 0]
-    else:  # drawing a seed's images anew changes how many of them are 1, 0 and -1
-        counts = np.array([[(d == value).sum() for value in (1, 0, -1)] for d in differences])
-        sizes = counts.sum(1)
-        found = draw.multinomial(sizes[chosen], (counts / sizes[:, None])[chosen])
-        means = (found[..., 0] - found[..., 2]) / sizes[chosen]
-    return tuple(float(q) for q in np.quantile(means.mean(1), [LEVEL / 2, 1 - LEVEL / 2]))
+    if len(values) < 2:
+        return None
+    half = stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def _means_of_draws(draw, values, draws):
-    """Means [draws, S] of values [S, N] over N of the N images with replacement, the same images for all rows."""
-    images, means = values.shape[1], []
-    for block in np.array_split(np.arange(draws), max(1, draws * images // 20_000_000)):
-        weights = draw.multinomial(images, np.full(images, 1 / images), size=len(block)).astype(np.float32)
-        means.append(weights @ values.T.astype(np.float32) / images)
-    return np.concatenate(means)
+def exact_interval(count, among):
+    """95% interval (low, high) of a share, of `count` in `among` independent runs: Clopper and Pearson 1934."""
+    return tuple(map(float, stats.binomtest(count, among).proportion_ci(1 - LEVEL, "exact")))
 
 
 def permutation_p(differences):
@@ -76,20 +60,12 @@ def seeds_to_resolve(spread, difference=RESOLVE):
     return math.ceil(optimize.brentq(lambda count: power(count) - POWER, 2, normal + 10))
 
 
-def fewest_seeds(arms=1):
-    """So many seeds the permutation test needs before it can find a difference in one of `arms` arms.
+def fewest_seeds(family=1):
+    """So many seeds the permutation test needs before it can find a difference in one of `family` comparisons.
 
-    Its lowest p is 2 in 2 to their number, and Holm's correction multiplies it by the number of arms.
+    Its lowest p is 2 in 2 to their number, and Holm's correction multiplies it by the size of the family.
     """
-    return math.ceil(1 + math.log2(arms / LEVEL))
-
-
-def half_interval(values):
-    """Half the 95% interval of a mean over seeds, by Student's t; 0 for one seed."""
-    if len(values) < 2:
-        return 0.0
-    beyond = stats.t.ppf(1 - LEVEL / 2, len(values) - 1)
-    return float(beyond * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return math.ceil(1 + math.log2(family / LEVEL))
 
 
 def risk_coverage(confidence, correct):

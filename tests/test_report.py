@@ -17,13 +17,14 @@ import pytest
 import torch
 from conftest import draw_classes
 from PIL import Image
+from scipy import stats
 from test_comparison import simulated
 
 import report
 import train
 from engine import experiment, files, settings
 from study import arms as study_arms
-from study import comparison, explain, figures
+from study import comparison, explain, figures, statistics
 
 pytestmark = pytest.mark.slow  # its experiments take ten seconds to make
 
@@ -76,7 +77,7 @@ def test_the_report_says_what_the_comparison_found(written):
     for arm, baseline in ((ARM, "none"), ("square, all", "square")):
         theirs = comparison.compare({name: arms[name] for name in (baseline, arm)}, baseline)[1]
         assert rows[arm]["against"] == baseline and rows[arm]["difference"] == f"{100 * theirs['difference']:+.2f}"
-        assert rows[arm]["in words"] == theirs["says"] and rows[arm]["p"] == f"{theirs['p']:.3f}"
+        assert rows[arm]["p"] == f"{theirs['p']:.4f}" and rows[arm]["p, Holm"] == f"{min(1, 2 * theirs['p']):.4f}"
     assert rows["vit"]["against"] == "vit" and rows["vit"]["difference"] == "–"
     found = {row["arm"]: row for row in rows_of(folder, "shortcut")}
     clean = np.mean([run.correct("clean_test").mean() for run in arms["square"].values()])
@@ -186,8 +187,8 @@ def test_help_fits_a_screen(monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) < 40
 
 
-def test_the_share_of_data_that_equals_the_baseline_is_found():
-    """Made-up runs in which half of the data is enough."""
+def test_less_data_is_compared_with_the_baseline_on_all_of_it():
+    """Made-up runs in which half of the data is more than enough."""
     arms = {}
     for kind, accuracies in {"none": (0.6, 0.7, 0.8), "gradcam++": (0.7, 0.9, 0.95)}.items():
         for share, accuracy in zip((0.25, 0.5, 1.0), accuracies):
@@ -198,18 +199,53 @@ def test_the_share_of_data_that_equals_the_baseline_is_found():
     study = comparison.Study(study_arms.groups(arms))
     assert len(study.groups) == 3 and study.against["gradcam++-train_fraction=0.5"] == "none-train_fraction=0.5"
     (_, table), text = report.with_less_data(comparison.by_fraction(study.results), "none")
-    assert text == ("gradcam++ equals the arm none on 100% of the data with 50%. With less of it cutmix did not equal "
-                    "none on 100% of the data.")
+    rows = {(row[0], row[1]): row for row in table.rows}
     assert [row[2] for row in table.rows] == [6] * 9
-    low = next(row for row in table.rows if row[:2] == ["gradcam++", "25"])
-    assert float(low[3]) == pytest.approx(70, abs=1) and 0 < float(low[4].removeprefix("± ")) < 2
+    half, none = ([run.correct("test").mean() for run in arms[name].values()]
+                  for name in ("gradcam++-train_fraction=0.5", "none-train_fraction=1.0"))
+    low, high = stats.ttest_rel(half, none).confidence_interval()
+    cells = [f"{100 * (np.mean(half) - np.mean(none)):+.2f}", f"{100 * low:.2f} to {100 * high:.2f}"]
+    assert rows["gradcam++", "50"][6:] == cells and rows["none", "100"][6] == "+0.00"
+    assert text.startswith("Against none on 100% of the data: ")
+    assert f"gradcam++ with 50%: {cells[0]} points ({cells[1]})" in text
+    assert float(rows["gradcam++", "25"][3]) == pytest.approx(70, abs=1)
 
 
 def test_verdicts_of_many_arms_are_counted():
     made = simulated({"none": (8, 0.7), "much": (8, 0.9), "less": (8, 0.5), "a": (8, 0.7), "b": (2, 0.7)}, images=1000)
-    text = report.verdicts(comparison.compare(made, "none")[1:])
-    assert text.startswith("Of 4 arms 1 better ('much'); 1 worse ('less'); 1 with too few seeds to tell; 1 with no "
-                           "difference found, and none larger than ")
+    text = report.verdicts(comparison.one_family(comparison.compare(made, "none"))[1:])
+    assert text == ("Of 4 arms, after Holm over 4 comparisons: 1 better ('much'); 1 worse ('less'); 1 not significant; "
+                    "1 with too few seeds to be significant")
+
+
+def explained(monkeypatch, effect):
+    """The Section of question 4 and its Table's rows, of ten seeds whose measures differ by `effect` beside chance."""
+    draw = np.random.default_rng(0)
+    made = simulated({"none": (10, 0.7), "a": (10, 0.7)}, images=40)
+    monkeypatch.setattr(explain, "write_explanations", lambda folder, *rest: {
+        name: draw.normal(effect * (folder == "a"), 1, 5) for name in figures.MEASURES} | {"curve": np.zeros((5, 2))})
+    section = report.explainability(comparison.Study([("none", made)]))
+    table = next(part for part in section.parts if part.name == "explanations" and hasattr(part, "rows"))
+    runs = next(part for part in section.parts if part.name == "explanations-runs")
+    return section, [row for row in table.rows if row[1] == "a"], runs.rows
+
+
+def test_holm_goes_over_all_measures_that_the_answer_speaks_of(monkeypatch):
+    section, rows, _ = explained(monkeypatch, 0.8)
+    assert {row[7] for row in rows} == {len(figures.MEASURES)}
+    assert [float(row[6]) for row in rows] == pytest.approx(statistics.holm([float(row[5]) for row in rows]), abs=1e-3)
+    for row in rows:
+        assert (f"a: {row[0]}" in section.answer) == (float(row[6]) < 0.05)
+    assert any(float(row[5]) < 0.05 <= float(row[6]) for row in rows)  # that would have been called sure before
+
+
+def test_every_interval_of_question_4_follows_from_the_table_of_runs(monkeypatch):
+    _, rows, runs = explained(monkeypatch, 0.5)
+    for row in rows:
+        none, arm = ([float(value) for measure, name, _, value in runs
+                      if (figures.MEASURES[measure], name) == (row[0], of)] for of in ("none", "a"))
+        low, high = stats.ttest_rel(arm, none).confidence_interval()
+        assert row[4] == f"{np.mean(np.subtract(arm, none)):+.3f} ({low:.3f} to {high:.3f})"
 
 
 def test_the_answer_to_what_was_kept_names_arms_and_figures():

@@ -44,19 +44,58 @@ def test_with_fewer_seeds_than_the_fewest_no_difference_can_be_found():
     assert statistics.fewest_seeds() == 6
 
 
-@pytest.mark.slow
-def test_shared_test_images_are_drawn_together():
-    """One image that decides a quarter of the difference in each seed: drawn together its luck does not average out."""
-    draw = np.random.default_rng(0)
-    image = (draw.random(200) < 0.1).astype(int)
-    alone, shared = (statistics.bootstrap_interval([image] * 20, together) for together in (False, True))
-    assert shared[1] - shared[0] > 3 * (alone[1] - alone[0])
-
-
 def test_the_interval_of_a_mean_is_scipys():
     values = [0.1, 0.4, 0.25, 0.3]
-    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    assert statistics.half_interval(values) == pytest.approx((high - low) / 2) and statistics.half_interval([0.3]) == 0
+    assert statistics.interval(values) == pytest.approx(stats.ttest_1samp(values, 0).confidence_interval(0.95))
+    assert statistics.interval([0.3]) is None
+
+
+KINDS = np.array([[0.9, 0.6], [0.6, 0.9], [0.85, 0.85]])  # how surely the baseline and an arm get an image right
+
+
+def studies(draw, seeds, spread, shared, count=2500, images=359):
+    """Simulated studies of two arms: their seeds' differences [count, seeds], and the true ones [count].
+
+    Images are of three KINDS. spread: standard deviation of the difference between seeds. shared: all seeds of a study
+    have the same images, for which the truth is meant; or each seed has images of its own, of all that there are.
+    """
+    kinds = draw.multinomial(images, [1 / 3] * 3, (count, 1 if shared else seeds))
+    luck = draw.normal(0, spread / 2**0.5, (count, seeds, 1, 2))
+    right = draw.binomial(kinds[..., None], KINDS + luck).sum(2) / images
+    truth = (kinds[:, 0] / images) @ (KINDS[:, 1] - KINDS[:, 0]) if shared else np.zeros(count)
+    return right[..., 1] - right[..., 0], truth
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own images", "shared images"])
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.03])
+@pytest.mark.parametrize("seeds", [5, 8, 10, 20])
+def test_the_interval_covers_the_truth_in_93_to_97_percent_of_studies(seeds, spread, shared):
+    """Of 2,500 studies: 95% has a standard error of 0.44 there."""
+    found, truth = studies(np.random.default_rng(seeds), seeds, spread, shared)
+    low, high = np.array([statistics.interval(each) for each in found]).T
+    assert 0.93 < np.mean((low <= truth) & (truth <= high)) < 0.97
+
+
+def test_runs_that_split_one_small_pool_again_are_not_fresh_images():
+    """30 seeds of 164 out of 540 images: the interval of equal arms leaves out zero far more often than 1 in 20."""
+    draw, outside = np.random.default_rng(0), 0
+    for _ in range(300):
+        pool = draw.permutation(np.repeat(np.arange(3), 180))
+        pool = pool[draw.integers(540, size=540)]  # one pool of all that could have been
+        tests = draw.permuted(np.tile(pool, (30, 1)), axis=1)[:, :164]
+        right = draw.random((30, 164, 2)) < KINDS[tests]
+        low, high = statistics.interval(right[..., 1].mean(1) - right[..., 0].mean(1))
+        outside += not low <= 0 <= high
+    assert outside > 0.1 * 300
+
+
+def test_an_exact_interval_is_the_binomial_tests():
+    """A share lies outside where the binomial test against it has p below 2.5% on its side."""
+    for count, among in ((8, 10), (0, 10), (8, 8), (3, 7)):
+        low, high = statistics.exact_interval(count, among)
+        assert (stats.binom.sf(count - 1, among, low) if count else 0.025) == pytest.approx(0.025)
+        assert (stats.binom.cdf(count, among, high) if count < among else 0.025) == pytest.approx(0.025)
+    assert statistics.exact_interval(0, 10)[1] == pytest.approx(1 - 0.025**0.1)
 
 
 def test_risk_and_coverage_of_a_case_worked_by_hand():
