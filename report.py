@@ -78,29 +78,25 @@ def attention(study):
         return Section(title, f"{base} and {vit} have no seed in common.")
     likes, overlaps = (comparison.compare_values(each, base) for each in values.values())
     family = max(row.get("family", 0) for row in comparison.one_family([*likes, *overlaps]))
-    table = [[a["arm"], *(cell for row in (a, b) for cell in (number(row["mean"]), number(row["spread"]), span(row),
-                                                               number(row.get("p"), 4), number(row.get("p_holm"), 4)))]
-             for a, b in zip(likes, overlaps)]
-    answer = f"The heat ({method}) of {base} and the rollout of {vit} have a rank correlation of {table[0][1]}"
+    table = [[measure, row["arm"], number(row["mean"]), number(row["spread"]), span(row), number(row.get("p"), 4),
+              number(row.get("p_holm"), 4)] for measure, rows in zip(values, (likes, overlaps)) for row in rows]
+    answer = f"The heat ({method}) of {base} and the rollout of {vit} have a rank correlation of {table[0][2]}"
     two_seeds, gaussian = explain.references(study.arms[base], study.arms[vit], method, study.device)
     for name, has, found in ((f"two seeds of {base}", "have", two_seeds), ("a centred Gaussian", "has", gaussian)):
-        if found:
-            means = {key: [float(each[key].mean()) for each in found] for key in values}
-            for key, each in means.items():
-                values[key][name] = dict(enumerate(each))
-            cells = [[number(np.mean(each)), number(comparison.spread(each))] for each in means.values()]
-            table.append([name, *cells[0], "–", "–", "–", *cells[1], "–", "–", "–"])
-            answer += f"; {name} {has} {table[-1][1]}"
+        for measure in values if found else ():
+            each = values[measure][name] = {place: float(like[measure].mean()) for place, like in enumerate(found)}
+            means = list(each.values())
+            table.append([measure, name, number(np.mean(means)), number(comparison.spread(means)), *"–––"])
+        answer += f"; {name} {has} {table[-2][2]}" * bool(found)
     if differences := figures.in_words(likes):
         few = min(row["pairs"] for row in likes[1:]) < statistics.fewest_seeds(family)
         answer += f". Against {base}: {differences}" + f" (too few seeds for Holm over {family})" * few
     dots = figures.dots("attention", likes, f"rank correlation with {vit}, difference to {base}", 1, "")
-    columns = ["sd", "difference, 95% interval", "p", "p, Holm"]
     return Section(title, f"{answer}.", dots + [
         Table("attention", f"How alike {method} heat is to the attention rollout of {vit}, on the same test images: "
               "rank correlation over pixels; overlap (IoU) of the hottest fifth. Intervals by t over seeds; Holm over "
               f"both measures and all arms ({family}). Last, what to compare with; each seed is in one pair of seeds.",
-              ["arm", "correlation", *columns, "overlap", *columns], table),
+              ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm"], table, 1),
         figures.per_seed("attention-runs", values)])
 
 
@@ -129,8 +125,8 @@ def convergence(study):
                    "that never does counts as the horizon (restricted means, in epochs and in images). Differences by "
                    "seed, intervals by t; p by permutation on images, then by Holm over arms and targets, "
                    f"{family} comparisons.",
-                   ["arm", "against", "target %", "arrive", "horizon", "epochs", "difference, 95% interval", "images",
-                    "difference, 95% interval", "p", "p, Holm"], table),
+                   ["arm", "against", "target %", "arrive", "horizon", "epochs", "difference in epochs, 95% interval",
+                    "images", "difference in images, 95% interval", "p", "p, Holm"], table),
              Table("convergence-runs", "When each run first reached each target; empty where it never did.",
                    ["arm", "seed", "target %", "epoch", "images", "epochs in all"], reached, 0, False)]
     found = comparison.by_fraction(study.results)

@@ -74,8 +74,8 @@ def compare_values(values, baseline):
         if seeds:
             gains = np.array([values[arm][seed] - values[baseline][seed] for seed in seeds], float)
             deviation = spread(gains)
-            row |= {"difference": float(gains.mean()), "deviation": deviation, "interval": statistics.interval(gains),
-                    "p": statistics.permutation_p(gains),
+            row |= {"difference": float(gains.mean().round(12)) + 0.0, "deviation": deviation,
+                    "interval": statistics.interval(gains), "p": statistics.permutation_p(gains),
                     "effect": float(gains.mean() / deviation) if deviation else None,
                     "needed": None if deviation is None else statistics.seeds_to_resolve(deviation)}
     return rows

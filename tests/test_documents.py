@@ -1,10 +1,13 @@
 """The documents fit a screen, and name only files, options and experiments that there are."""
 
+import csv
 import re
 
 import pytest
+from scipy import stats
 
 from engine import settings
+from study import pages
 
 HERE = settings.HERE
 DOCUMENTS = sorted([HERE / "README.md", *HERE.glob("docs/*.md"), *HERE.glob("results/*.md")])
@@ -82,3 +85,96 @@ def test_the_readme_names_the_programs_and_the_tables_of_today():
             source = (HERE / file).read_text(encoding="utf-8")
             for name in re.findall(r"`(\w+)`", names):
                 assert re.search(rf"^\s*(?:def {name}\(|{name} = )", source, re.MULTILINE), f"{name} in {file}"
+
+
+# --- the figures of the pages --------------------------------------------------------------------------------------
+
+TEMPLATES = sorted((HERE / "results" / "pages").glob("*.md"))
+BY_HAND = {"PLAN.md", "related.md"}  # a plan of its day; and no figures
+
+
+@pytest.fixture(scope="module")
+def made():
+    return pages.made()
+
+
+def test_every_page_of_results_is_made_from_a_template():
+    written = {path.name for path in HERE.glob("results/*.md")} - BY_HAND
+    assert {path.name for path in TEMPLATES} == written | {"answers.md"}
+
+
+def test_pages_the_readme_and_tables_hold_what_the_csv_files_say(made):
+    """A digit changed by hand, in a page or in a CSV file, is found here; python -m study.pages writes them again."""
+    assert {HERE / "README.md", HERE / "results" / "comparisons.csv"} < set(made)
+    for path, text in made.items():
+        assert path.read_bytes() == text.encode(), f"{name_of(path)}: run python -m study.pages"
+
+
+@pytest.mark.parametrize("page", ["augmentation.md", "shortcut.md", "../README.md"])
+def test_a_wrong_digit_in_a_table_or_a_sentence_is_found(page, made):
+    """Whichever digit of a made figure it is: the page differs from what is made."""
+    path = (HERE / "results" / page).resolve()
+    text = path.read_text(encoding="utf-8")
+    place = text.index("+0.95" if "0.95" in text else "+40.9") + 1
+    assert text[:place] + "7" + text[place + 1:] != made[path]
+
+
+@pytest.mark.parametrize("column", ["test %", "val %"])
+def test_a_wrong_digit_in_a_csv_file_changes_a_page(column, monkeypatch):
+    real = pages.table
+
+    def wrong(name):
+        rows = [dict(row) for row in real(name)]
+        if name == "arms/runs":
+            for row in rows:
+                if row["arm"] == "gradcam-train_fraction=0.05":
+                    row[column] = "50.14" if column == "test %" else "50.28"
+        return rows
+    monkeypatch.setattr(pages, "table", wrong)
+    monkeypatch.setattr(pages, "runs", pages.runs.__wrapped__)
+    template = HERE / "results" / "pages" / "answers.md"
+    changed = pages.Results().render(template) not in (HERE / "README.md").read_text(encoding="utf-8")
+    assert changed == (column == "test %")
+
+
+def bare(template):
+    """What of a template is typed by hand, without code, links, and the counts and settings that it declares."""
+    text = template.read_text(encoding="utf-8")
+    declared = re.findall(r'"([^"]+)"', re.match(r"\{#- counts:(.*?)-#\}", text, re.DOTALL)[1])
+    for pattern in (r"\{#.*?#\}", r"\{%.*?%\}", r"\{\{.*?\}\}", r"```.*?```"):
+        text = re.sub(pattern, " ", text, flags=re.DOTALL)
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|\[\d\]: \S+|<!--.*?-->", " ", text)
+    text = " ".join(text.split())
+    for words in sorted([*declared, "95%"], key=len, reverse=True):  # of intervals
+        text = text.replace(words, " ")
+    return text
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=name_of)
+def test_no_figure_is_typed_by_hand(template):
+    """Digits stand in a template's expressions, in code, or in the counts and settings that its first lines declare."""
+    text = re.sub(r"\b(?:resnet|vit|swin|convnext|efficientnet|lite)\w*\d*\w*", " ", bare(template))
+    assert re.findall(r"[^ ]* ?[^ ]*\d[^ ]*", text) == []
+
+
+def test_comparisons_are_scipys_of_the_runs(made):
+    """Every row of comparisons.csv, recomputed from runs.csv alone."""
+    rows = list(csv.DictReader(made[HERE / "results" / "comparisons.csv"].splitlines()))
+    assert len(rows) > 100
+    folders = {path.parent.name: list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+               for path in HERE.glob("results/*/runs.csv")}
+    for row in (row for row in rows if row["part"] in ("val %", "test %")):
+        other = (row["folder"], *row["against"].split(": "))[-2:]
+        arm, base = ({run["seed"]: float(run[row["part"]]) for run in folders[folder] if run["arm"] == name}
+                     for folder, name in ((row["folder"], row["arm"]), other))
+        seeds = sorted(set(arm) & set(base))
+        test = stats.ttest_rel([arm[seed] for seed in seeds], [base[seed] for seed in seeds])
+        low, high = test.confidence_interval()
+        assert int(row["seeds"]) == len(seeds) and float(row["family"]) >= 1
+        assert [float(end) for end in row["95% interval"].split(" to ")] == pytest.approx([low, high], abs=0.03)
+        assert float(row["p"]) <= float(row["p, Holm"]) <= 1
+    for name in {row["of"] for row in rows} - {"alone"}:
+        family = [row for row in rows if row["of"] == name]
+        assert {int(row["family"]) for row in family} == {len(family)}
+        assert min(float(row["p, Holm"]) for row in family) == pytest.approx(
+            min(1, len(family) * min(float(row["p"]) for row in family)), abs=len(family) * 1e-4)

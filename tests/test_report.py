@@ -89,7 +89,18 @@ def test_the_report_says_what_the_comparison_found(written):
     assert groups[ARM]["difference"] == f"{100 * (np.mean(worst[ARM]) - np.mean(worst['none'])):+.2f}"
     alike = rows_of(folder, "attention")
     assert [row["arm"] for row in alike][-1] == "a centred Gaussian"
-    assert all(-1 <= float(row["correlation"]) <= 1 for row in alike)
+    assert all(-1 <= float(row["mean"]) <= 1 for row in alike) and {row["measure"] for row in alike} == {
+        "correlation", "overlap"}
+    each = [float(row["value"]) for row in rows_of(folder, "attention-runs")
+            if (row["measure"], row["arm"]) == ("correlation", ARM)]
+    assert len(each) == 2 and alike[1]["arm"] == ARM
+    assert float(alike[1]["mean"]) == pytest.approx(np.mean(each), abs=1e-3)
+    reached = rows_of(folder, "convergence-runs")
+    assert len(reached) == len(ARMS) * 2 * len(comparison.TARGETS)
+    for row in rows_of(folder, "convergence"):
+        epochs = [int(each["epoch"] or 2) for each in reached
+                  if (each["arm"], each["target %"]) == (row["arm"], row["target %"])]
+        assert float(row["epochs"]) == pytest.approx(np.mean(epochs), abs=0.05) and row["horizon"] == "2"
     runs = [(row["arm"], row["seed"]) for row in rows_of(folder, "runs")]
     assert runs == [(arm, seed) for arm in ARMS for seed in "01"]
 
@@ -231,7 +242,7 @@ def explained(monkeypatch, effect):
 
 
 def test_holm_goes_over_all_measures_that_the_answer_speaks_of(monkeypatch):
-    section, rows, _ = explained(monkeypatch, 0.8)
+    section, rows, _ = explained(monkeypatch, 0.45)
     assert {row[7] for row in rows} == {len(figures.MEASURES)}
     assert [float(row[6]) for row in rows] == pytest.approx(statistics.holm([float(row[5]) for row in rows]), abs=1e-3)
     for row in rows:
