@@ -178,3 +178,36 @@ def test_comparisons_are_scipys_of_the_runs(made):
         assert {int(row["family"]) for row in family} == {len(family)}
         assert min(float(row["p, Holm"]) for row in family) == pytest.approx(
             min(1, len(family) * min(float(row["p"]) for row in family)), abs=len(family) * 1e-4)
+
+
+@pytest.mark.parametrize("again", sorted(HERE.glob("results/*/runs-again.csv")), ids=name_of)
+def test_runs_that_were_made_again_are_those_that_are_published(again):
+    """Their logs were gone: trained again with the same settings and seeds, to the same bits."""
+    published, repeated = (
+        {(row["arm"], row["seed"]): [row[key] for key in ("val %", "test %", "epochs", "images", "erased")]
+         for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines())}
+        for path in (again.with_name("runs.csv"), again))
+    assert repeated.items() <= published.items() and len(repeated) >= 30
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("results/*/convergence-runs.csv")), ids=name_of)
+def test_times_to_a_target_follow_from_the_table_of_runs(path):
+    """Restricted means, how many arrive, and paired differences in epochs."""
+    runs, rows = ([*csv.DictReader(each.read_text(encoding="utf-8").splitlines())]
+                  for each in (path, path.with_name("convergence.csv")))
+
+    def epochs(arm, target):
+        return [min(int(run["epoch"] or run["epochs in all"]), int(run["epochs in all"]))
+                for run in runs if (run["arm"], run["target %"]) == (arm, target)]
+    assert {row["arm"] for row in rows} == {run["arm"] for run in runs}
+    for row in rows:
+        mine, base = (epochs(arm, row["target %"]) for arm in (row["arm"], row["against"]))
+        arrived = [run for run in runs if run["epoch"] and all(run[key] == row[key] for key in ("arm", "target %"))]
+        assert float(row["epochs"]) == pytest.approx(sum(mine) / len(mine), abs=0.051)
+        assert row["arrive"] == f"{len(arrived)} of {len(mine)}"
+        if row["arm"] != row["against"]:
+            low, high = stats.ttest_rel(mine, base).confidence_interval()
+            difference, ends = row["difference in epochs, 95% interval"].split(" (")
+            assert float(difference) == pytest.approx(sum(mine) / len(mine) - sum(base) / len(base), abs=0.051)
+            if low == low:  # not all alike
+                assert [float(end) for end in ends.rstrip(")").split(" to ")] == pytest.approx([low, high], abs=0.051)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,6 +296,15 @@ def test_where_needs_a_mask_and_a_layer(deceived, trained, capsys):
     assert not (run / "where.json").exists()
     assert explain.main([str(deceived), "--where", "--layer", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_two_seeds_are_compared_in_pairs_that_share_none(monkeypatch):
+    """So that an interval over them is one of independent figures."""
+    seen = []
+    monkeypatch.setattr(explain, "likeness", lambda a, method, b, *rest: seen.append((a.folder, b.folder)))
+    runs = {seed: SimpleNamespace(folder=seed, split={"test": ["1", "2"]}) for seed in range(5)}
+    two_seeds, gaussian = explain.references(runs, {}, "gradcam", None)
+    assert seen == [(0, 1), (2, 3)] and len(two_seeds) == 2 and gaussian == []
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
