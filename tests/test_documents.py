@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from engine import settings
+from engine.files import UserError
 from study import pages
 
 HERE = settings.HERE
@@ -135,6 +136,24 @@ def test_a_wrong_digit_in_a_csv_file_changes_a_page(column, monkeypatch):
     template = HERE / "results" / "pages" / "answers.md"
     changed = pages.Results().render(template) not in (HERE / "README.md").read_text(encoding="utf-8")
     assert changed == (column == "test %")
+
+
+def test_an_accuracy_that_is_no_share_of_the_images_is_refused(monkeypatch):
+    rows = {"x/settings": [{"setting": "dataset", "value": "digits"}], "x/arms": [{"arm": "a"}]}
+    monkeypatch.setattr(pages, "table", lambda name: rows.get(name, [{"arm": "a", "seed": "1", "test %": "91.09"},
+                                                                     {"arm": "a", "seed": "2", "test %": "91.36"}]))
+    assert pages.runs.__wrapped__("x") == {"a": {1: 327 / 359, 2: 328 / 359}}
+    rows["x/runs"] = [{"arm": "a", "seed": "1", "test %": "91.10"}]
+    with pytest.raises(UserError, match="results/x/runs.csv: 91.10 is no share of 359 images"):
+        pages.runs.__wrapped__("x")
+
+
+def test_paragraphs_are_filled_and_code_and_tables_stay():
+    code, table = "```sh\nx  =  1\n```", "| a | b |\n|---|---|\n| 1  | 2 |"
+    text = f"# Title\n\none\ntwo `a  b` {'word ' * 30}\n\n{code}\n\n{table}\n\n- first\n  of two\n- second"
+    filled = pages.wrapped(text)
+    assert code in filled and table in filled and "one two `a  b`" in filled.replace("`a b`", "`a  b`")
+    assert "\n- first of two\n- second" in filled and max(map(len, filled.splitlines())) <= pages.WIDTH
 
 
 def bare(template):
