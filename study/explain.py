@@ -181,7 +181,7 @@ def describe_leaning(path, found):
     rows = [[way["cam"], way["layer"] or RULE, way["explain"], points(way["hottest"], 1), points(way["random"], 1),
              points(way["gap"], 1, True), " to ".join(points(end, 1) for end in way["interval"] or ())]
             for way in found["ways"]]
-    table = as_text(["method", "layer", "explained", "hottest %", "random %", "costs", "95% interval over images"], rows)
+    table = as_text(["method", "layer", "explained", "hottest %", "random %", "costs", "95%, over images"], rows)
     answer = f"It depends on few pixels, as on a shortcut: train with {UNLEARN}"
     if found["ways"][0]["gap"] <= faithfulness.SHORTCUT:
         answer = f"It does not depend on few pixels: they cost no more than {100 * faithfulness.SHORTCUT:g} points"
