@@ -8,7 +8,7 @@ from scipy import stats
 
 from engine import settings
 from engine.files import UserError
-from study import pages
+from study import figures, pages
 
 HERE = settings.HERE
 DOCUMENTS = sorted([HERE / "README.md", *HERE.glob("docs/*.md"), *HERE.glob("results/*.md")])
@@ -221,3 +221,23 @@ def test_times_to_a_target_follow_from_the_table_of_runs(path):
             assert float(difference) == pytest.approx(sum(mine) / len(mine) - sum(base) / len(base), abs=0.051)
             if low == low:  # not all alike
                 assert [float(end) for end in ends.rstrip(")").split(" to ")] == pytest.approx([low, high], abs=0.051)
+
+
+@pytest.mark.parametrize("name", ["attention", "explanations"])
+def test_differences_of_questions_2_and_4_follow_from_the_table_of_runs(name):
+    """Mean, difference and interval of each arm against the one of its kind without Proxy Attention."""
+    runs, rows = ([*csv.DictReader((HERE / "results" / "vit-attention" / f"{file}.csv").read_text("utf-8").splitlines())]
+                  for file in (f"{name}-runs", name))
+    values = {}
+    for run in runs:
+        measure = figures.MEASURES.get(run["measure"], run["measure"])
+        values.setdefault((measure, run["arm"]), []).append(float(run["value"]))
+    compared = [row for row in rows if row["p"] != "–"]
+    assert len(rows) == len(values) and len(compared) == {"attention": 2, "explanations": 16}[name]
+    for row in compared:
+        mine = values[row["measure"], row["arm"]]
+        base = values[row["measure"], {"gradcam++": "none", "vit, gradcam++": "vit"}[row["arm"]]]
+        low, high = stats.ttest_rel(mine, base).confidence_interval()
+        found = [float(each) for each in re.findall(r"[+-]?\d+\.\d+", row["difference, 95% interval"])]
+        assert found == pytest.approx([sum(mine) / 10 - sum(base) / 10, low, high], abs=6e-4)
+        assert float(row["mean"]) == pytest.approx(sum(mine) / 10, abs=6e-4) and len(mine) == len(base) == 10
