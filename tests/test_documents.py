@@ -226,7 +226,8 @@ def test_times_to_a_target_follow_from_the_table_of_runs(path):
 @pytest.mark.parametrize("name", ["attention", "explanations"])
 def test_differences_of_questions_2_and_4_follow_from_the_table_of_runs(name):
     """Mean, difference and interval of each arm against the one of its kind without Proxy Attention."""
-    runs, rows = ([*csv.DictReader((HERE / "results" / "vit-attention" / f"{file}.csv").read_text("utf-8").splitlines())]
+    folder = HERE / "results" / "vit-attention"
+    runs, rows = ([*csv.DictReader((folder / f"{file}.csv").read_text(encoding="utf-8").splitlines())]
                   for file in (f"{name}-runs", name))
     values = {}
     for run in runs:
