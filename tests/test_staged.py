@@ -331,10 +331,10 @@ def test_stage_2_goes_on_after_a_kill_with_any_number_of_processes(ranks, after_
     process = train_process(["--resume", folder], ranks=2, target=dying)
     assert process.wait() == -signal.SIGKILL
     done = [int(path.stem) for path in (folder / "erased" / "round-1" / ".batches").glob("*.json")]
-    assert sorted(done) == [0, 24, 48, 72]
+    assert {0, 48} <= set(done) <= {0, 24, 48, 72}  # the second process goes with the first, which it may still ask
     process = train_process(["--resume", folder], ranks=ranks, target=erasing)
     assert process.wait() == 0, process.output()
-    assert sorted(sum(batches_of(process), [])) == [96, 120, 144, 168]
+    assert sorted(sum(batches_of(process), [])) == [start for start in range(0, 188, 24) if start not in done]
     assert erased_by(folder) == erased_by(erased_alone)
 
 
