@@ -13,6 +13,7 @@ import contextlib
 import csv
 import gc
 import io
+import itertools
 import platform
 import random
 import shutil
@@ -38,7 +39,7 @@ from study import peers
 
 MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
 MISLED = (0.0, 0.1, 1.0)  # shares of a batch
-STEPS = {"equal": proxy.STEPS["online"], "extra": proxy.STEPS["online"], "second pass": proxy.STEPS["same_step"]}
+STEPS = dict.fromkeys(["equal", "loss", "extra"], proxy.STEPS["online"]) | {"second pass": proxy.STEPS["same_step"]}
 
 
 def now(device):
@@ -189,13 +190,14 @@ class Timed(proxy.Proxy):
 
 
 def bench_step(options):
-    """A step: plain; with Proxy Attention at either budget, or with --same-step; and with the library's heat.
+    """A step: plain; with Proxy Attention at either budget, with --explain loss (and budget equal), or with
+    --same-step; and with the library's heat.
 
     Which images count as misled is forced, for 0, 10 and 100% of the batch; copies take up to half of the seats, as in
     a run, and with extra ride in half as many seats more, which are computed whether taken or not. parts of equal:
     seconds that a step with budget equal spends on what the plain one has not, on a CPU.
     """
-    device, names = options.device, ["plain", "equal", "extra", "second pass", "library"]
+    device, names = options.device, ["plain", "equal", "loss", "extra", "second pass", "library"]
     table = Table(options, f"{options.methods[0]}: milliseconds, then multiples of plain", misled=".0%",
                   **dict.fromkeys(names, ".1f"), **dict.fromkeys([f"{name}/" for name in names[1:]], ".3f"),
                   **{"parts of equal": ".3f", "equal memory": ".3f"})
@@ -225,7 +227,8 @@ def eraser_of(name, explain, share, images):
 
     proxy.SELECTIONS[f"forced {share}"] = forced
     config = settings.resolve(settings.read_configs(), {"dataset": "folder", "data_dir": "."})
-    config |= {"select": f"forced {share}", "budget": "extra" if name == "extra" else "equal"}
+    config |= {"select": f"forced {share}", "budget": "extra" if name == "extra" else "equal",
+               "explain": "loss" if name == "loss" else "predicted"}
     return Timed(config, explain, unchanged(images.device), None if name == "second pass" else max(1, len(images) // 2))
 
 
@@ -273,11 +276,11 @@ def options_of_a_run(short, place, options):
 def bench_train(options):
     """Complete epochs over JPEG files: ours, from the cache, and timm's own parts in a plain loop."""
     device = options.device
-    table = Table(options, f"images per second of {options.images} JPEG files", timm=".1f", ours=".1f",
+    table = Table(options, f"images per second of {options.images} JPEG files", cache="", timm=".1f", ours=".1f",
                   **{"ours/timm": ".3f"})
-    for short in options.models:
+    for short, kept in itertools.product(options.models, ("off", "auto")):
         with tempfile.TemporaryDirectory() as place:
-            given = options_of_a_run(short, place, options) | {"cam": "none", "amp": "off"}
+            given = options_of_a_run(short, place, options) | {"cam": "none", "amp": "off", "cache": kept}
             config = settings.resolve(settings.read_configs(), given)
             theirs, seen = peers.timms_epoch(config, device)
             dataset = data.load_dataset(config)
@@ -297,7 +300,7 @@ def bench_train(options):
             times = medians({"timm": theirs, "ours": ours}, options.rounds, device)
         own = len(parts.batches) * parts.batches.order.batch_size
         speeds = [1000 * seen / times["timm"], 1000 * own / times["ours"]]
-        table.add(short, *speeds, speeds[1] / speeds[0])
+        table.add(short, "on" if kept == "auto" else kept, *speeds, speeds[1] / speeds[0])
 
 
 def bench_staged(options):

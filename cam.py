@@ -5,12 +5,13 @@
         heat = cam(logits, rows=rows, classes=classes)  # [len(rows), h, w] in [0, 1]
     heat = upsample(heat, size)                         # [N, H, W] in [0, 1]
 
-A hook keeps the explained layer's activations A; `torch.autograd.grad` of a class's logit with respect to A walks back
-through what lies behind that layer only, and the formula is a few sums over A's grid. The model's mode, parameters and
-gradients are not touched, and nothing outlives the `with` block. This file serves alone in a loop of your own, where
-you name the layer. To add a method, write a function of (A, G) and put it into `WEIGHTS`, `ATTENTION` or `CONTROLS`.
+A hook keeps the explained layer's activations A. `torch.autograd.grad` of a class's logit with respect to A walks back
+through what lies behind that layer; or a loss's own backward pass brings the gradient by (`in_backward`). The model's
+mode, parameters and gradients are not touched. This file serves alone in a loop of your own, where you name the layer.
+To add a method, write a function of (A, G) and put it into `WEIGHTS`, `ATTENTION` or `CONTROLS`.
 """
 
+import functools
 import math
 import re
 import weakref
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 
 MIN_GRID = 4  # a coarser grid than 4 x 4 shows too little of where
 FROM_END = re.compile(r"-[1-9]\d*", re.ASCII)  # in the place of a layer's name: -1 is the last stage, -2 the one before
-SQUARINGS = 20  # of a Gram matrix: in its 2^20th power even a ratio of 0.9999 to the second eigenvalue is gone
 FINE_STEP = 2.0**15  # float16 gradients of a logit may lie below the smallest it can hold: taken at this scale as well
 
 # --- methods that weigh activations: (A, G) -> weights, where heat is the channel sum of weights times A -------------
@@ -43,8 +43,7 @@ def gradcam_plus_plus(A, G):
 
     With Y = exp(S), as the paper has it, equation 19 becomes alpha = G^2 / (2 G^2 + sum(A) G^3), and a channel weighs
     sum(alpha relu(G)). The constant 1e-6 is not the paper's but the grad-cam library's, and so in most published
-    figures: it keeps the quotient finite where activations are negative, and moved the map of an untrained resnet18 by
-    up to 0.06.
+    figures: it keeps the quotient finite where activations are negative.
     """
     g = G.relu()  # what is not positive weighs nothing, whatever its alpha
     # alpha g = g / (2 + sum(A) g + 1e-6 / g^2), in place, as fresh memory costs more than the arithmetic
@@ -88,30 +87,6 @@ def eigengradcam(A, G):
 WEIGHTS = {"cam": cam, "gradcam": gradcam, "gradcam++": gradcam_plus_plus, "xgradcam": xgradcam, "hirescam": hirescam,
            "layercam": layercam, "elementwise": elementwise, "eigencam": eigencam, "eigengradcam": eigengradcam}
 EIGEN = {"eigencam", "eigengradcam"}  # project on the first principal component instead of summing over channels
-
-
-def principal(maps):
-    """Maps [N, C, h, w], each place a point in C dimensions, projected on their first principal component: [N, h, w].
-
-    Up to a positive factor, by power iteration: `eigh` would want float64, and wait. The sign makes the value that is
-    largest in size positive, as in Seg-Eigen-CAM (Chung and Ying 2025, equation 13).
-    """
-    points = maps.flatten(2) - maps.mean((2, 3))[..., None]
-    points = F.normalize(points.flatten(1), torch.inf, eps=torch.finfo(maps.dtype).tiny).view_as(points)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would blur the little that tells two components apart
-    try:
-        sides = points if len(points[0]) < points.shape[2] else points.transpose(1, 2)  # the smaller one first
-        power = gram = sides @ sides.transpose(1, 2)
-        for _ in range(SQUARINGS):
-            power = (unit := F.normalize(power.flatten(1)).view_as(power)) @ unit
-        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, len(power[0]), 1)
-        vector = gram @ F.normalize(gram @ F.normalize(power.gather(2, largest), dim=1), dim=1)  # less rounding
-        projection = (points.transpose(1, 2) @ vector if sides is points else vector)[..., 0]
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    flip = torch.where(projection.amax(1) < -projection.amin(1), -1.0, 1.0)
-    return (projection * flip[:, None]).view(len(maps), *maps.shape[2:])
 
 
 # --- methods that follow attention through the blocks: (A, G) -> relevance [N, T, T] of each token for each ----------
@@ -159,17 +134,22 @@ METHODS = (*WEIGHTS, *ATTENTION, *CONTROLS)
 NO_GRADIENT = {"cam", "eigencam", "rollout", *CONTROLS}
 
 
-# --- which score is explained: (logits [N, classes], labels [N]) -> class [N], and class [N] that counts against it ---
+# --- which score is explained: (logits [N, C], labels [N] or shares [N, C]) -> classes and against, as `CAM` takes them
+
+def margin(logits, labels):
+    """The label's logit less the best other; of a mixed label it is the class with the larger share."""
+    classes = labels if labels.dim() == 1 else labels.argmax(1)
+    return classes, logits.detach().scatter(1, classes[:, None], -torch.inf).argmax(1)
 
 
-def best_other(logits, classes):
-    """The class with the highest logit apart from `classes`, int64 [N]."""
-    return logits.detach().scatter(1, classes[:, None], -torch.inf).argmax(1)
+def loss(logits, labels):
+    """The cross-entropy: what a logit weighs is its gradient there, softmax less label."""
+    shares = torch.zeros_like(logits).scatter(1, labels[:, None], 1) if labels.dim() == 1 else labels
+    return logits.detach().float().softmax(1) - shares, None
 
 
 EXPLAIN = {"predicted": lambda logits, labels: (logits.detach().argmax(1), None),
-           "true": lambda logits, labels: (labels, None),
-           "margin": lambda logits, labels: (labels, best_other(logits, labels))}
+           "true": lambda logits, labels: (margin(logits, labels)[0], None), "margin": margin, "loss": loss}
 
 # --- from maps to heat ---------------------------------------------------------------------------------------------
 
@@ -254,18 +234,19 @@ class CAM:
     def __exit__(self, *exception):
         while self._hooks:
             self._hooks.pop().remove()
-        self.release()
+        if not self._awaited:
+            self.release()
 
     def release(self):
         """Forget the last forward pass."""
-        self.activations, self._logits = {}, None
+        self.activations, self._logits, self._awaited = {}, None, False
         for part in self._parts:
             part.release()
 
     def _before(self, module, args, kwargs):
         self.release()
         images = args[0] if args else next(iter(kwargs.values()))
-        self.batch, self.height, self.width = images.shape[0], images.shape[-2], images.shape[-1]
+        self.batch, self.height, self.width, self.device_type = len(images), *images.shape[-2:], images.device.type
 
     def explain_layer(self, layer, output=None):
         """Keep what this module gives in later passes, and `output`, of the pass that goes on."""
@@ -313,9 +294,10 @@ class CAM:
         """Heat for some images of the last forward pass.
 
         logits: [B, classes], the model's output for that pass. rows: int64 [N] images to explain, all by default; none
-          is fine. classes: class to explain for each, int64 [N] or one int; the predicted one by default. against: a
-          class for each, or one, whose logit is subtracted, so that the margin between the two is explained. Returns
-          [N, h, w] in [0, 1] on the logits' device, float32 (float64 for a float64 model), with no graph attached.
+          is fine. classes: class to explain for each, int64 [N] or one int, the predicted one by default; or what each
+          logit weighs in the score, float [N, classes]. against: a class for each, or one, whose logit is subtracted,
+          so that the margin between the two is explained. Returns [N, h, w] in [0, 1] on the logits' device, float32
+          (float64 for a float64 model), with no graph attached.
         """
         if not self.activations:
             raise RuntimeError("no forward pass to explain: call the model inside the `with` block first"
@@ -328,47 +310,64 @@ class CAM:
             rows = torch.as_tensor(rows, device=logits.device)
             rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
         count = len(logits) if rows is None else len(rows)
-        if classes is None:
-            classes = (logits if rows is None else logits[rows]).detach().argmax(1)
-        classes, against = (None if c is None else torch.as_tensor(c, device=logits.device).expand(count)
-                            for c in (classes, against))
-        with torch.autocast(logits.device.type, enabled=False):
-            heat = self._from_attention if self.method in ATTENTION else self._from_layer
-            return heat(logits, rows, classes, against)
+        classes = (logits if rows is None else logits[rows]).argmax(1) if classes is None else classes
+        weights = torch.as_tensor(classes, device=logits.device)  # of the logits in the score
+        if weights.dim() < 2:
+            weights = logits.new_zeros(count, logits.shape[1])
+            for each, sign in ((classes, 1), (against, -1)):
+                if each is not None:
+                    each = torch.as_tensor(each, device=logits.device).expand(count)[:, None]
+                    weights.scatter_add_(1, each, torch.full_like(weights[:, :1], sign))
+        return self._heat(functools.partial(self._gradients, logits, rows, weights), rows, count, weights)
 
-    def _from_layer(self, logits, rows, classes, against):
-        A = self.grid(self.activations[0]) if isinstance(self.activations[0], torch.Tensor) else None
-        if A is None:
-            raise ValueError(f"layer {self.layer_name} gives no map of images of {self.height}x{self.width}: name "
+    def in_backward(self, loss, images, rows, then):
+        """Call `then` in the loss's own backward pass, with a function that gives the heat: no walk for it.
+
+        The heat is that of `EXPLAIN["loss"]`, all images explained together. loss: the mean of the last forward pass
+        over so many `images`; what it is multiplied by, as by a gradient scaler, is divided out. rows: int64 [N].
+        """
+        scale, self._awaited = [], True
+        loss.register_hook(lambda gradient: scale.append(images / gradient))
+
+        @torch.no_grad()
+        def arrived(gradients):
+            own = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * scale[0] for gradient in gradients]
+            then(lambda: self._heat(lambda tensors: own, rows, len(rows)))
+            self.release()
+
+        torch.autograd.graph.register_multi_grad_hook(list(self.activations.values()), arrived)
+
+    def _heat(self, gradients, rows, count, weights=None):
+        """As `__call__`. gradients: tensors that were kept -> the score's gradients with respect to these."""
+        gradients = None if self.method in NO_GRADIENT else gradients
+        with torch.autocast(self.device_type, enabled=False):
+            if self.method not in ATTENTION:
+                return self._of_layer(gradients, rows, weights)
+            return rescale(self._parts[0].relevance(ATTENTION[self.method], gradients, rows, count))
+
+    def _of_layer(self, gradients, rows, weights):
+        if not torch.is_tensor(self.activations[0]) or (A := self.grid(self.activations[0])) is None:
+            raise ValueError(f"layer {self.layer_name} gives no map of images of {self.height}x{self.width}; name "
                              "another")
-        G = self._parts[0].weights(A, classes, against) if self.method == "cam" else None
+        G = self._parts[0].weights(A, weights) if self.method == "cam" else None
         A = (A if rows is None else A[rows]).to(torch.promote_types(A.dtype, torch.float32))
         if len(A) == 0:
             return A.new_zeros(0, *A.shape[2:])
         if self.method in CONTROLS:
             return rescale(CONTROLS[self.method](A, None).relu())
-        if self.method not in NO_GRADIENT:
-            G = self.grid(self._gradients(logits, [self.activations[0]], rows, classes, against)[0])
+        if gradients:
+            G = self.grid(gradients([self.activations[0]])[0])
             G = G if rows is None else G[rows]
         weighted = WEIGHTS[self.method](A, G).to(A.dtype) * A
-        return rescale((principal(weighted) if self.method in EIGEN else weighted.sum(1)).relu())
+        return rescale((_engine().principal(weighted) if self.method in EIGEN else weighted.sum(1)).relu())
 
-    def _from_attention(self, logits, rows, classes, against):
-        def gradients(tensors):
-            return None if self.method in NO_GRADIENT else self._gradients(logits, tensors, rows, classes, against)
-
-        return rescale(self._parts[0].relevance(ATTENTION[self.method], gradients, rows, len(classes)))
-
-    def _gradients(self, logits, tensors, rows, classes, against):
+    def _gradients(self, logits, rows, weights, tensors):
         """The score's gradient with respect to each tensor, all rows of the batch, float32 or float64."""
         if not (logits.requires_grad and all(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)):
             raise ValueError(f"{self.method} needs gradients: run the forward pass outside torch.no_grad() and "
                              "inference_mode(), and explain a layer that the logits depend on")
-        rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
-        of_logits = torch.zeros_like(logits)
-        of_logits[rows, classes] = 1
-        if against is not None:
-            of_logits[rows, against] = torch.where(against == classes, 0, -1).to(logits.dtype)
+        weights = weights.to(logits.dtype)
+        of_logits = weights if rows is None else torch.zeros_like(logits).index_copy_(0, rows, weights)
 
         def take(scale):
             taken = torch.autograd.grad(logits, tensors, of_logits * scale, retain_graph=True)
@@ -388,8 +387,8 @@ def _engine():
     try:
         from engine import hooks
     except ImportError:
-        raise ValueError("without engine/hooks.py beside cam.py, name the layer to explain and a method that takes a "
-                         "gradient") from None
+        raise ValueError("without engine/hooks.py beside cam.py, name the layer to explain and a method that weighs "
+                         "activations by a gradient") from None
     return hooks
 
 

@@ -49,10 +49,14 @@ def online(net, images, labels, proxy):
         logits = net(images)
         proxy.count(logits, labels, fresh)
         rows, chosen = proxy.select(logits, labels, fresh)  # which images
-        heat = proxy.heat(logits, labels, rows, images.shape[-2:])
-        mask = proxy.mask(heat)  # which pixels
-        proxy.waiting = proxy.fill(images, labels, fresh, rows, chosen, heat, mask)  # what instead
-    return Trained(cross_entropy(logits, labels, valid), fresh, valid)
+        loss = cross_entropy(logits, labels, valid)
+
+        def erase(heat):
+            mask = proxy.mask(heat)  # which pixels
+            proxy.waiting = proxy.fill(images, labels, fresh, rows, chosen, heat, mask)  # what instead
+
+        proxy.with_heat(erase, loss, logits, labels, rows, images.shape[-2:], valid)
+    return Trained(loss, fresh, valid)
 
 
 def same_step(net, images, labels, proxy):
@@ -112,9 +116,9 @@ class Proxy:
 
     def step(self, epoch, accuracies):
         """The function of an epoch's steps. accuracies: on validation, of each epoch before."""
-        if self.explain is None or not is_on(self.config["schedule"], epoch, accuracies):
-            return plain
-        return STEPS[self.config["step"]]
+        name, argument = read_schedule(self.config["schedule"])
+        erases = self.explain is not None and SCHEDULES[name](epoch, argument, accuracies)
+        return STEPS[self.config["step"]] if erases else plain
 
     def count(self, logits, labels, fresh):
         """Note how many of the fresh images are misled."""
@@ -141,9 +145,20 @@ class Proxy:
     @timed
     def heat(self, logits, labels, rows, size):
         """Heat of these rows at the images' size: [N, H, W] in [0, 1]."""
-        classes = true_class(labels)
-        explained, against = cam.EXPLAIN[self.config["explain"]](logits[rows], classes[rows])
+        explained, against = cam.EXPLAIN[self.config["explain"]](logits[rows], labels[rows])
         return cam.upsample(self.explain(logits, rows, explained, against), size)
+
+    def with_heat(self, erase, loss, logits, labels, rows, size, valid=None):
+        """Call erase(heat), as `heat` gives it: at once, or with --explain loss in the loss's own backward pass."""
+        if self.config["explain"] != "loss" or self.explain.method in cam.NO_GRADIENT:
+            return erase(self.heat(logits, labels, rows, size))
+        images = len(labels) if valid is None else valid.sum()
+        self.explain.in_backward(loss, images, rows, lambda heat: erase(self.brought(heat, size)))
+
+    @timed
+    def brought(self, heat, size):
+        """Heat at the images' size, of a function that gives it on its own grid."""
+        return cam.upsample(heat(), size)
 
     @timed
     def mask(self, heat):
@@ -262,12 +277,7 @@ def coolest(mask, heat, generator):
     return (rank < mask.flatten(1).sum(1, keepdim=True)).view_as(mask)
 
 
-def unmoved(mask, heat, generator):
-    """The right pixels: under control "label" it is `select` that differs."""
-    return mask
-
-
-CONTROLS = {"random": moved, "coolest": coolest, "label": unmoved}
+CONTROLS = {"random": moved, "coolest": coolest, "label": lambda mask, *_: mask}  # there it is `select` that differs
 
 
 # --- what instead: (images [N, 3, H, W], mask bool [N, H, W], scene) -> new images ----------------------------
@@ -386,12 +396,3 @@ def read_schedule(text):
             raise ValueError(f"{text!r}: expected every:K, after:E, plateau, or epochs and p, as 20,p,19")
         epochs += [True] if piece.strip() == "p" else [False] * int(piece)
     return "listed", epochs
-
-
-def is_on(schedule, epoch, accuracies):
-    """Whether images are erased in this epoch (counted from 0), by a schedule in words.
-
-    accuracies: validation accuracy of each epoch before this one.
-    """
-    name, argument = read_schedule(schedule)
-    return SCHEDULES[name](epoch, argument, accuracies)

@@ -1,10 +1,15 @@
-"""What some CAMs need beside a named layer: the rule that picks one, attention through all blocks, a linear head.
+"""What some CAMs need beside a named layer: the rule that picks one, attention, a linear head, a principal component.
 
-Each is a part of a `cam.CAM`, whose hooks, gradients and maps it uses. `cam.py` serves without this file where a layer
-is named and the method takes a gradient.
+The first three are parts of a `cam.CAM`, whose hooks, gradients and maps they use. `cam.py` serves without this file
+where a layer is named and the method weighs activations by a gradient.
 """
 
+import contextlib
+
 import torch
+import torch.nn.functional as F
+
+SQUARINGS = 20  # of a Gram matrix: in its 2^20th power even a ratio of 0.9999 to the second eigenvalue is gone
 
 
 class Rule:
@@ -100,8 +105,8 @@ class Head:
     def release(self):
         self.pooled = None
 
-    def weights(self, A, classes, against):
-        """What the head gives each channel of A [B, C, h, w] for `classes`, less for `against`: [N, C, 1, 1].
+    def weights(self, A, logits):
+        """What the head gives each channel of A [B, C, h, w] for the weights of its logits [N, classes]: [N, C, 1, 1].
 
         Raises ValueError where its input is not the mean of A over its grid, but for dropout. This is asked once, as
         the answer has to come back from the device.
@@ -112,8 +117,8 @@ class Head:
         if not self.checked:
             raise ValueError(f"cam needs a linear head on the global average of layer {self.cam.layer_name}; use "
                              "gradcam")
-        weight = self.linear.weight.detach()
-        return (weight[classes] - (0 if against is None else weight[against]))[:, :, None, None]
+        with exact_float32():
+            return (logits.to(self.linear.weight.dtype) @ self.linear.weight.detach())[:, :, None, None]
 
 
 class Attention:
@@ -176,7 +181,7 @@ class Attention:
         if not (called and self.checked):
             raise ValueError(f"{cam.method} cannot read this network's attention, which is more than a softmax of q "
                              "k^T; use gradcam")
-        G = gradients(mixed)
+        G = gradients and gradients(mixed)
         if G:  # the output of a head is its probabilities times v, so that is how the gradient comes back to them
             G = [taken(g).unflatten(2, (v.shape[1], -1)).transpose(1, 2) @ v.transpose(2, 3) for g, v in zip(G, V)]
         found = formula(A, G)
@@ -196,3 +201,36 @@ def close(found, expected, free_scale=False):
     found, expected = found.float(), expected.float()
     scale = (found * expected).sum() / (expected**2).sum().clamp_min(1e-30) if free_scale else 1.0
     return bool((found - scale * expected).norm() <= 1e-2 * found.norm())
+
+
+def principal(maps):
+    """Maps [N, C, h, w], each place a point in C dimensions, projected on their first principal component: [N, h, w].
+
+    Up to a positive factor, by power iteration: `eigh` would want float64, and wait. The sign makes the value that is
+    largest in size positive, as in Seg-Eigen-CAM (Chung and Ying 2025, equation 13).
+    """
+    points = maps.flatten(2) - maps.mean((2, 3))[..., None]
+    points = F.normalize(points.flatten(1), torch.inf, eps=torch.finfo(maps.dtype).tiny).view_as(points)
+    with exact_float32():  # TF32 would blur the little that tells two components apart
+        sides = points if len(points[0]) < points.shape[2] else points.transpose(1, 2)  # the smaller one first
+        power = gram = sides @ sides.transpose(1, 2)
+        for _ in range(SQUARINGS):
+            power = (unit := F.normalize(power.flatten(1)).view_as(power)) @ unit
+        largest = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, len(power[0]), 1)
+        vector = gram @ F.normalize(gram @ F.normalize(power.gather(2, largest), dim=1), dim=1)  # less rounding
+        projection = (points.transpose(1, 2) @ vector if sides is points else vector)[..., 0]
+    flip = torch.where(projection.amax(1) < -projection.amin(1), -1.0, 1.0)
+    return (projection * flip[:, None]).view(len(maps), *maps.shape[2:])
+
+
+@contextlib.contextmanager
+def exact_float32():
+    """Within it float32 is not rounded to TF32: what is reported does not depend on whether a GPU has that."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

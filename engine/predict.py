@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import cache, files, loader, metrics, network
+from engine import cache, files, hooks, loader, metrics, network
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def write_predictions(folder, config, model, dataset, split, device):
     for part in metrics.PREDICTED if config["decoy"] else metrics.PREDICTED[:2]:
         ids = split[part.removeprefix("clean_")]
         batches = batches_in_order(config, dataset, ids, device, decoy=not part.startswith("clean_"))
-        with network.exact_float32():
+        with hooks.exact_float32():
             logits, labels = predict(model, batches, mean, std, device)
         if wrong := torch.nonzero(~torch.isfinite(logits).all(1)).flatten().tolist():
             raise files.UserError(

@@ -100,7 +100,8 @@ SETTINGS = {
     "layer": Setting(str, PIXELS, "the layer to explain; -2 is the stage before the last (null: the deepest with a 4x4 "
                      "grid)", optional=True),
     "explain": Setting(str, PIXELS, "the score to explain: the predicted class's logit, the true one's, or its margin "
-                       "over the best other", choices=tuple(cam.EXPLAIN)),
+                       "over the best other; or the loss, whose backward pass brings the heat",
+                       choices=tuple(cam.EXPLAIN)),
     "heat_from": Setting(str, PIXELS, "take the heat from the network of the finished run in this folder, which stays "
                          "as it is; implies --step heat_from", optional=True),
     "area": Setting(float, PIXELS, "erase this share of an image's pixels, the hottest", TINY, 1),

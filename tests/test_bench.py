@@ -11,7 +11,7 @@ from study import peers
 
 SMALL = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "--rounds", "1", "--images", "16",
          "--device", "cpu"]
-ROWS = {"cam": 2, "step": 3, "train": 1, "staged": 1}
+ROWS = {"cam": 2, "step": 3, "train": 2, "staged": 1}
 
 
 @pytest.mark.slow

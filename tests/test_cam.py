@@ -15,6 +15,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 import cam
 from cam import CAM, upsample
+from engine import hooks
 
 LIBRARY = {"gradcam": library.GradCAM, "gradcam++": library.GradCAMPlusPlus, "xgradcam": library.XGradCAM,
            "hirescam": library.HiResCAM, "layercam": library.LayerCAM, "elementwise": library.GradCAMElementWise,
@@ -69,22 +70,62 @@ def other_sign(kind):
     return type("OtherSign", (kind,), {"get_cam_image": lambda self, *a, **k: -kind.get_cam_image(self, *a, **k)})
 
 
-@pytest.mark.parametrize("name, size", [pytest.param(*family, marks=[pytest.mark.slow] * (family[0] not in QUICK))
-                                        for family in FAMILIES.items()])
+EACH_FAMILY = pytest.mark.parametrize("name, size", [
+    pytest.param(*family, marks=[pytest.mark.slow] * (family[0] not in QUICK)) for family in FAMILIES.items()])
+
+
+def difference(heat, method, explain, images, targets):
+    """The largest difference of heat, [N, H, W], to the library's; of eigen methods, to the nearer of its signs."""
+    kind, differences = LIBRARY[method], []
+    for variant in (kind, other_sign(kind)) if "eigen" in method else (kind,):
+        with variant(explain.model, [explain.layer], reshape_transform=explain.grid) as theirs:
+            differences.append(largest_difference(heat, theirs(images, targets)))
+        if np.max(differences[-1]) <= 1e-5:
+            break
+    return np.min(differences, axis=0).max()
+
+
+@EACH_FAMILY
 def test_every_method_is_the_librarys_to_1e5_on_every_family(name, size):
     model, images, classes = network(name, **SMALLER.get(name, {})).double(), photographs(size).double(), [3, 5]
-    targets = [ClassifierOutputTarget(c) for c in classes]
-    for method, kind in LIBRARY.items():
+    for method in LIBRARY:
         with CAM(model, method) as explain:
             heat = upsample(explain(model(images), classes=torch.tensor(classes)), size)
-            differences = []
-            for variant in (kind, other_sign(kind)) if "eigen" in method else (kind,):
-                with variant(model, [explain.layer], reshape_transform=explain.grid) as theirs:
-                    differences.append(largest_difference(heat, theirs(images, targets)))
-                if np.max(differences[-1]) <= 1e-5:
-                    break
-        assert heat.dtype == torch.float64 and heat.amax() == 1
-        assert np.min(differences, axis=0).max() <= 1e-5, method
+            assert heat.dtype == torch.float64 and heat.amax() == 1
+            targets = [ClassifierOutputTarget(c) for c in classes]
+            assert difference(heat, method, explain, images, targets) <= 1e-5, method
+
+
+@EACH_FAMILY
+def test_a_losses_own_backward_pass_brings_the_librarys_heat_of_the_cross_entropy(name, size):
+    model, images, labels = network(name, **SMALLER.get(name, {})).double(), photographs(size).double(), [3, 5]
+    targets = [lambda output, label=label: F.cross_entropy(output, torch.tensor(label)) for label in labels]
+    for method in set(LIBRARY) - cam.NO_GRADIENT:
+        found = []
+        with CAM(model, method) as explain:
+            loss = F.cross_entropy(model(images), torch.tensor(labels))
+            explain.in_backward(loss, 2, torch.tensor([1, 0]), lambda heat: found.append(heat()))
+        assert not found
+        (1024 * loss).backward()  # as a gradient scaler has it
+        assert difference(upsample(found[0].flip(0), size), method, explain, images, targets) <= 1e-5, method
+        assert not explain.activations
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["labels", "shares of classes"])
+@pytest.mark.parametrize("name, method", [("test_resnet", "gradcam++"), ("test_efficientnet", "layercam"),
+                                          ("test_vit", "gradcam"), ("test_vit", "gradrollout")])
+def test_in_training_the_loss_brings_the_heat_that_its_score_gives_with_all_images(name, method, mixed):
+    model, images = network(name).train().double(), torch.randn(4, 3, 160, 160, dtype=torch.float64)
+    labels, rows, found = torch.tensor([1, 0, 3, 6]), torch.tensor([3, 1]), []
+    labels = 0.7 * F.one_hot(labels, 7).double() + 0.3 * F.one_hot(labels.flip(0), 7) if mixed else labels
+    with CAM(model, method) as explain:
+        logits = model(images)
+        expected = explain(logits, None, *cam.EXPLAIN["loss"](logits, labels))[rows]
+        loss = F.cross_entropy(logits, labels)
+        explain.in_backward(loss, 4, rows, lambda heat: found.append(heat()))
+    loss.div(2).backward()
+    torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
+    assert found[0].amax() == 1
 
 
 def maps_of(kind, images, channels, side, seed):
@@ -107,7 +148,7 @@ def test_the_first_principal_component_is_the_singular_value_decompositions(kind
         maps = maps_of(kind, 8, channels, side, seed)
         points = maps.double().flatten(2)
         _, values, vectors = torch.linalg.svd(points - points.mean(2, keepdim=True), full_matrices=False)
-        found = cam.principal(maps).double().flatten(1)
+        found = hooks.principal(maps).double().flatten(1)
         assert (found.amax(1) >= -found.amin(1)).all()
         found = F.normalize(found)
         within = torch.einsum("nkp,np->nk", vectors, found) ** 2  # of which components it is made
@@ -118,11 +159,11 @@ def test_the_first_principal_component_is_the_singular_value_decompositions(kind
 
 
 def test_maps_without_contrast_have_no_principal_component():
-    assert cam.principal(torch.full((2, 5, 3, 3), 7.0)).eq(0).all()
-    assert cam.rescale(cam.principal(torch.full((1, 5, 3, 3), float("nan")))).eq(0).all()
+    assert hooks.principal(torch.full((2, 5, 3, 3), 7.0)).eq(0).all()
+    assert cam.rescale(hooks.principal(torch.full((1, 5, 3, 3), float("nan")))).eq(0).all()
     assert torch.get_float32_matmul_precision() == "highest"  # as it was
     torch.set_float32_matmul_precision("high")
-    cam.principal(torch.randn(1, 5, 3, 3))
+    hooks.principal(torch.randn(1, 5, 3, 3))
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
 

@@ -284,3 +284,21 @@ def test_what_is_left_to_chance_in_a_step_follows_from_its_key_alone(changes, ne
         proxy.online(net, images, labels, p)
         waiting.append(p.waiting)
     assert alike(waiting[0], waiting[1]) and not torch.equal(waiting[0].images, waiting[2].images)
+
+
+@BUDGETS
+def test_with_the_loss_explained_copies_come_from_its_own_backward_pass(budget, net, monkeypatch):
+    first, second, p = batch(1), batch(2), proxy_of(net, explain="loss", budget=budget)
+    expected = [erased_of(net, *first, explain="loss")[2]]
+    images, labels, fresh, _ = proxy.seat(*second, expected[0], budget)
+    expected.append(erased_of(net, images, labels, fresh, explain="loss")[2])
+    monkeypatch.setattr(torch.autograd, "grad", None)  # no walk for the heat
+    for images_and_labels, copies in zip((first, second), expected):
+        trained = proxy.online(net, *images_and_labels, p)
+        assert p.waiting is None and trained.second_pass == 0
+        (512 * trained.loss / 2).backward()  # scaled, and one of two batches
+        assert torch.equal(p.waiting.taken, copies.taken) and copies.taken.any()
+        assert torch.equal(p.waiting.labels, copies.labels)
+        differ = (p.waiting.images != copies.images)[copies.taken]
+        assert differ.float().mean() < 0.005  # where two places are equally hot, but for rounding
+    assert not p.explain.activations

@@ -159,7 +159,7 @@ def test_a_plateau_begins_where_validation_accuracy_stops_rising(trained):
     learns_nothing = ("--lr", "1e-9", "--budget", "extra")
     folder = trained(*PART, "--schedule", "plateau:1", *learns_nothing, epochs=4)
     accuracies = [line["val_accuracy"] for line in read_log(folder)]
-    on = [proxy.is_on("plateau:1", epoch, accuracies[:epoch]) for epoch in range(4)]
+    on = [proxy.SCHEDULES["plateau"](epoch, 1, accuracies[:epoch]) for epoch in range(4)]
     assert [line["erased_images"] > 0 for line in read_log(folder)] == on and on[-1] and not any(on[:2])
 
 
