@@ -263,7 +263,7 @@ def test_where_is_how_much_of_the_square_each_way_of_explaining_finds(deceived, 
     assert explain.main([str(deceived), "--where", "--cam", "layercam", "random", "--layer", "layer1"]) == 0
     assert "of the swatch in" in capsys.readouterr().out
     rows = {(row["method"], row["explain"]): row for row in files.read_json(deceived / "where.json")}
-    scores = ("predicted", "true", "margin")
+    scores = ("predicted", "true", "margin", "loss")
     assert set(rows) == {(method, score) for method in ("layercam", "random") for score in scores}
     chance, found = rows["random", "true"], rows["layercam", "true"]
     assert chance["covered"] == pytest.approx(16 / 1024)
@@ -273,7 +273,7 @@ def test_where_is_how_much_of_the_square_each_way_of_explaining_finds(deceived, 
     for _ in range(2):  # the second time in the place of the first
         assert explain.main([str(deceived), "--where", "--cam", "layercam"]) == 0
     layers = [row["layer"] for row in files.read_json(deceived / "where.json")]
-    assert layers == ["layer1"] * 6 + [None] * 3
+    assert layers == ["layer1"] * 8 + [None] * 4
 
 
 def test_where_shows_that_the_square_of_one_class_is_not_found(deceived, monkeypatch):

@@ -331,7 +331,8 @@ def test_control_label_keeps_count_area_and_the_right_pixels_of_the_images_it_dr
 
 def on(schedule, epochs, accuracies=None):
     accuracies = [0.0] * epochs if accuracies is None else accuracies
-    return "".join(".X"[proxy.is_on(schedule, epoch, accuracies[:epoch])] for epoch in range(epochs))
+    name, argument = proxy.read_schedule(schedule)
+    return "".join(".X"[proxy.SCHEDULES[name](epoch, argument, accuracies[:epoch])] for epoch in range(epochs))
 
 
 def test_schedules_give_the_epochs_in_which_images_are_erased():

@@ -139,7 +139,7 @@ def test_what_where_found_is_a_table_of_means_over_the_runs(written):
     rows = rows_of(folder, "where")
     each = [files.read_json(run.folder / "where.json") for run in arms["square"].values()]
     assert [(row["arm"], row["seeds"], row["method"], row["layer"], row["explained"]) for row in rows] == [
-        ("square", "2", "gradcam", "the rule's", score) for score in ("predicted", "true", "margin")]
+        ("square", "2", "gradcam", "the rule's", score) for score in ("predicted", "true", "margin", "loss")]
     for place, row in enumerate(rows):
         mean = 100 * np.mean([found[place]["erased"] for found in each])
         assert float(row["covered"]) == pytest.approx(mean, abs=0.01)
