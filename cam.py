@@ -136,10 +136,14 @@ NO_GRADIENT = {"cam", "eigencam", "rollout", *CONTROLS}
 
 # --- which score is explained: (logits [N, C], labels [N] or shares [N, C]) -> classes and against, as `CAM` takes them
 
+def true_class(labels):
+    """The label's class, int64 [N]; of a mixed label the one with the larger share."""
+    return labels if labels.dim() == 1 else labels.argmax(1)
+
+
 def margin(logits, labels):
-    """The label's logit less the best other; of a mixed label it is the class with the larger share."""
-    classes = labels if labels.dim() == 1 else labels.argmax(1)
-    return classes, logits.detach().scatter(1, classes[:, None], -torch.inf).argmax(1)
+    """The true class's logit less the best other."""
+    return (classes := true_class(labels)), logits.detach().scatter(1, classes[:, None], -torch.inf).argmax(1)
 
 
 def loss(logits, labels):
@@ -149,7 +153,7 @@ def loss(logits, labels):
 
 
 EXPLAIN = {"predicted": lambda logits, labels: (logits.detach().argmax(1), None),
-           "true": lambda logits, labels: (margin(logits, labels)[0], None), "margin": margin, "loss": loss}
+           "true": lambda logits, labels: (true_class(labels), None), "margin": margin, "loss": loss}
 
 # --- from maps to heat ---------------------------------------------------------------------------------------------
 
@@ -341,25 +345,22 @@ class CAM:
         """As `__call__`. gradients: tensors that were kept -> the score's gradients with respect to these."""
         gradients = None if self.method in NO_GRADIENT else gradients
         with torch.autocast(self.device_type, enabled=False):
-            if self.method not in ATTENTION:
-                return self._of_layer(gradients, rows, weights)
-            return rescale(self._parts[0].relevance(ATTENTION[self.method], gradients, rows, count))
-
-    def _of_layer(self, gradients, rows, weights):
-        if not torch.is_tensor(self.activations[0]) or (A := self.grid(self.activations[0])) is None:
-            raise ValueError(f"layer {self.layer_name} gives no map of images of {self.height}x{self.width}; name "
-                             "another")
-        G = self._parts[0].weights(A, weights) if self.method == "cam" else None
-        A = (A if rows is None else A[rows]).to(torch.promote_types(A.dtype, torch.float32))
-        if len(A) == 0:
-            return A.new_zeros(0, *A.shape[2:])
-        if self.method in CONTROLS:
-            return rescale(CONTROLS[self.method](A, None).relu())
-        if gradients:
-            G = self.grid(gradients([self.activations[0]])[0])
-            G = G if rows is None else G[rows]
-        weighted = WEIGHTS[self.method](A, G).to(A.dtype) * A
-        return rescale((_engine().principal(weighted) if self.method in EIGEN else weighted.sum(1)).relu())
+            if self.method in ATTENTION:
+                return rescale(self._parts[0].relevance(ATTENTION[self.method], gradients, rows, count))
+            if not torch.is_tensor(self.activations[0]) or (A := self.grid(self.activations[0])) is None:
+                raise ValueError(f"layer {self.layer_name} gives no map of images of {self.height}x{self.width}; name "
+                                 "another")
+            G = self._parts[0].weights(A, weights) if self.method == "cam" else None
+            A = (A if rows is None else A[rows]).to(torch.promote_types(A.dtype, torch.float32))
+            if len(A) == 0:
+                return A.new_zeros(0, *A.shape[2:])
+            if self.method in CONTROLS:
+                return rescale(CONTROLS[self.method](A, None).relu())
+            if gradients:
+                G = self.grid(gradients([self.activations[0]])[0])
+                G = G if rows is None else G[rows]
+            weighted = WEIGHTS[self.method](A, G).to(A.dtype) * A
+            return rescale((_engine().principal(weighted) if self.method in EIGEN else weighted.sum(1)).relu())
 
     def _gradients(self, logits, rows, weights, tensors):
         """The score's gradient with respect to each tensor, all rows of the batch, float32 or float64."""

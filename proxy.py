@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import cam
 from engine.chance import torch_generator
 from engine.erasing import (Scene, Waiting, all_fresh, blurred, cross_entropy, of_another_class, other_chosen, put,
-                            seat, shifted_from, statistics_kept, true_class, wrong)
+                            seat, shifted_from, statistics_kept, wrong)
 
 # --- in which step: (net: images -> logits, images [B, 3, H, W], labels, Proxy) -> Trained ---------------------------
 
@@ -169,7 +169,7 @@ class Proxy:
     def fill(self, images, labels, fresh, rows, chosen, heat, mask):
         """What instead: the erased copies of these rows, as `Waiting`; where the heat is zero, none is taken."""
         chosen = chosen & mask.flatten(1).any(1)
-        scene = Scene(heat, chosen, rows, images, true_class(labels), fresh, self.black, self.white,
+        scene = Scene(heat, chosen, rows, images, cam.true_class(labels), fresh, self.black, self.white,
                       torch_generator(images.device, "fill", *self.key))
         return Waiting(FILLS[self.config["fill"]](images[rows], mask, scene), labels[rows], chosen)
 

@@ -83,11 +83,6 @@ def wrong(logits, labels):
     return predicted != labels if labels.dim() == 1 else labels.gather(1, predicted[:, None])[:, 0] == 0
 
 
-def true_class(labels):
-    """The label's class, int64 [B]; of a mixed label the one with the larger share."""
-    return labels if labels.dim() == 1 else labels.argmax(1)
-
-
 def all_fresh(labels):
     return torch.ones(len(labels), dtype=torch.bool, device=labels.device)
 

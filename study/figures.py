@@ -53,11 +53,11 @@ def ends(interval, digits=2, scale=100):
     return " to ".join(f"{scale * end:.{digits}f}" for end in interval) if interval else "–"
 
 
-def span(row, digits=3):
+def span(row, digits=3, scale=1):
     """The difference of a row of `comparison.compare_values`, and its interval; a dash where it has none."""
     if not row.get("pairs"):
         return "–"
-    return f"{row['difference']:+.{digits}f} ({ends(row['interval'], digits, 1)})"
+    return f"{scale * row['difference']:+.{digits}f} ({ends(row['interval'], digits, scale)})"
 
 
 def accuracies(rows, against, part="test"):

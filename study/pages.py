@@ -115,7 +115,8 @@ class Results:
                 self.over_shares, self.family)
         names = {each.__name__: each for each in here} | {"interval": statistics.interval}
         made = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        made.filters |= {"span": span, "pc": lambda share: f"{100 * share:.1f}",
+        made.filters |= {"span": lambda row, digits=2, scale=100: figures.span(row, digits, scale),
+                         "pc": lambda share: f"{100 * share:.1f}",
                          "r": lambda number, digits=1: f"{number:.{digits}f}"}
         return wrapped(made.from_string(template.read_text(encoding="utf-8")).render(names).strip()) + "\n"
 
@@ -165,11 +166,6 @@ def sooner(folder, arm, target):
     epochs, arrive, difference = (text(f"{folder}/convergence", column, **where)
                                   for column in ("epochs", "arrive", "difference in epochs, 95% interval"))
     return f"{epochs} ({arrive.split()[0]}) | {difference}"
-
-
-def span(row, digits=2, scale=100):
-    """A row's difference and interval as text, by default in points."""
-    return f"{scale * row['difference']:+.{digits}f} ({ends(row['interval'], digits, scale)})"
 
 
 def wrapped(text):

@@ -1,6 +1,7 @@
 """Small real data for the tests: folders of drawn pictures, and a run or two to look at."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -127,6 +128,18 @@ def _train_main(arguments, output, rank, ranks_, port, limit, configs, every_ste
     if limit:
         resize_limit(limit)
     sys.exit(train.main(arguments))
+
+
+def train_and_tell(arguments, seen):
+    """`_train_main` with its arguments, in one thread; beside its output a JSON file has what was seen by its end."""
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        _train_main(*arguments)
+    finally:
+        with open(f"{arguments[1]}.json", "w") as file:
+            json.dump(seen, file)
 
 
 class TrainProcess:

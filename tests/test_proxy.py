@@ -71,7 +71,7 @@ def test_under_mixed_labels_an_image_is_misled_where_neither_class_was_predicted
     labels = torch.tensor([[0.6, 0.4, 0], [0.6, 0.4, 0], [0.0, 0.5, 0.5]])
     logits = F.one_hot(torch.tensor([1, 2, 0]), 3).float()
     assert sorted(picked(3, logits=logits, labels=labels)) == [1, 2]
-    assert proxy.true_class(labels).tolist() == [0, 0, 1] and proxy.true_class(LABELS) is LABELS
+    assert cam.true_class(labels).tolist() == [0, 0, 1] and cam.true_class(LABELS) is LABELS
 
 
 # --- which pixels

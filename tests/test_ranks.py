@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import math
 import os
 import pickle
@@ -163,12 +162,7 @@ def counted(*arguments):
     ranks.everyone = noted("largest", everyone, lambda value: len(pickle.dumps(value)))
     cache.read_file = noted("hashed", read_file)
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # inductor takes minutes, and changes no hook
-    torch.set_num_threads(1)
-    try:
-        conftest._train_main(*arguments)
-    finally:
-        with open(arguments[1] + ".json", "w") as file:
-            json.dump(seen, file)
+    conftest.train_and_tell(arguments, seen)
 
 
 def restarted(*arguments):

@@ -1,6 +1,5 @@
 """staged.py: the method as first proposed, in rounds, with erased images on the disk; stopped at any moment."""
 
-import json
 import os
 import shutil
 import signal
@@ -259,12 +258,7 @@ def erasing(*arguments):
         batches.append(start)
 
     staged.ErasedRound.add = noted
-    torch.set_num_threads(1)
-    try:
-        conftest._train_main(*arguments)
-    finally:
-        with open(arguments[1] + ".json", "w") as file:
-            json.dump(batches, file)
+    conftest.train_and_tell(arguments, batches)
 
 
 def dying(*arguments):
