@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 import weakref
 
 import conftest
@@ -332,10 +333,22 @@ def test_stage_2_goes_on_after_a_kill_with_any_number_of_processes(ranks, after_
     assert erased_by(folder) == erased_by(erased_alone)
 
 
+def late(*arguments):
+    """In a process of its own: `train.py`, which writes lines long after the other process would read them."""
+    append = files.append_line
+
+    def slowly(path, line):
+        time.sleep(1)
+        append(path, line)
+
+    files.append_line = slowly
+    conftest._train_main(*arguments)
+
+
 @pytest.mark.slow
-def test_all_stages_run_in_several_processes(tmp_path, train_process):
+def test_all_stages_run_in_several_processes_however_late_the_first_writes(tmp_path, train_process):
     process = train_process([*STAGED, "--schedule", "1,p,p", "--batch-size", "32", "--out", tmp_path, "--name", "run"],
-                            ranks=2)
+                            ranks=2, target=late)
     assert process.wait() == 0, process.output()
     expected = [(0, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, None)]
     assert [(s["round"], s["stage"]) for s in stages_of(tmp_path / "run")] == expected
