@@ -4,6 +4,7 @@
     python bench.py step                          # a step with Proxy Attention beside one without, and the library's
     python bench.py train --models resnet18       # complete epochs, beside timm's building blocks in a plain loop
     python bench.py staged --models resnet18      # stage 2 of --mode staged, beside a plain evaluation pass
+    python bench.py runs --script ~/timm/train.py # whole runs, beside timm's own script, which its repository has
 
 Times wander with the machine; the ratios of one run are what counts. The grad-cam library takes part where it is
 installed (`tests/requirements.txt`). `--csv FILE` keeps the table, with the machine and the settings.
@@ -11,6 +12,7 @@ installed (`tests/requirements.txt`). `--csv FILE` keeps the table, with the mac
 
 import contextlib
 import csv
+import functools
 import gc
 import io
 import itertools
@@ -24,11 +26,9 @@ import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
+from scipy import stats
 
 import cam
 import data
@@ -39,7 +39,8 @@ from study import peers
 
 MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
 MISLED = (0.0, 0.1, 1.0)  # shares of a batch
-STEPS = dict.fromkeys(["equal", "loss", "extra"], proxy.STEPS["online"]) | {"second pass": proxy.STEPS["same_step"]}
+STEPS = {"plain": proxy.plain, **dict.fromkeys(["loss", "predicted", "extra"], proxy.STEPS["online"]),
+         "second pass": proxy.STEPS["same_step"], "library": proxy.plain}
 
 
 def now(device):
@@ -49,8 +50,8 @@ def now(device):
     return time.perf_counter()
 
 
-def medians(variants, rounds, device):
-    """{name: median milliseconds} of {name: function}, after a round to warm up, in an order that changes each round.
+def timings(variants, rounds, device):
+    """{name: [milliseconds]} of {name: function}, after a round to warm up, in an order that changes each round.
 
     A function that returns a float is counted by these seconds, and not by what the call took. None is left out.
     """
@@ -65,7 +66,12 @@ def medians(variants, rounds, device):
             seconds = counted if isinstance(counted, float) else now(device) - start
             if round_:
                 taken[name].append(1000 * seconds)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
+
+
+def medians(variants, rounds, device):
+    """{name: median milliseconds}, of `timings`."""
+    return {name: statistics.median(times) for name, times in timings(variants, rounds, device).items()}
 
 
 def peak_bytes(work, device):
@@ -121,6 +127,18 @@ class Table:
 def over(times, name, other):
     """One time as a multiple of another, or None where it was not taken."""
     return times[name] / times[other] if name in times else None
+
+
+def ratio(taken, name, other):
+    """Median over rounds of one time as a multiple of another, and its interval "low-high"; (None, None) if not taken.
+
+    The interval is of ranks and covers the median of all rounds in at least 95%, as far as rounds are independent.
+    """
+    if name not in taken:
+        return None, None
+    ratios = sorted(a / b for a, b in zip(taken[name], taken[other]))
+    rank = max(0, int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1)
+    return statistics.median(ratios), f"{ratios[rank]:.3f}-{ratios[-1 - rank]:.3f}"
 
 
 def network_and_images(short, options):
@@ -190,17 +208,20 @@ class Timed(proxy.Proxy):
 
 
 def bench_step(options):
-    """A step: plain; with Proxy Attention at either budget, with --explain loss (and budget equal), or with
-    --same-step; and with the library's heat.
+    """A step: plain; with Proxy Attention and --explain loss or predicted (budget equal); with the loss's heat and
+    budget extra, or --step same_step; and with the library's heat.
 
     Which images count as misled is forced, for 0, 10 and 100% of the batch; copies take up to half of the seats, as in
-    a run, and with extra ride in half as many seats more, which are computed whether taken or not. parts of equal:
-    seconds that a step with budget equal spends on what the plain one has not, on a CPU.
+    a run, and with extra ride in half as many seats more, which are computed whether taken or not. own parts, memory:
+    what the first step beside the plain one spends on what that has not (on a CPU), and its peak.
     """
-    device, names = options.device, ["plain", "equal", "loss", "extra", "second pass", "library"]
+    device = options.device
+    names = ["plain", *(name for name in STEPS if name in options.steps and name != "plain")]
+    first = names[1]
     table = Table(options, f"{options.methods[0]}: milliseconds, then multiples of plain", misled=".0%",
-                  **dict.fromkeys(names, ".1f"), **dict.fromkeys([f"{name}/" for name in names[1:]], ".3f"),
-                  **{"parts of equal": ".3f", "equal memory": ".3f"})
+                  plain=".1f", **{f"{name}{more}": form for name in names[1:]
+                                  for more, form in (("", ".3f"), (" 95%", ""))},
+                  **{"own parts": ".3f", "memory": ".3f"})
     for short in options.models:
         model, images = network_and_images(short, options)
         labels, (mean, std) = torch.arange(len(images), device=device) % 10, unchanged(device)
@@ -208,11 +229,12 @@ def bench_step(options):
         for share in MISLED:
             own = {name: [] for name in names}  # seconds of each step
             steps = {name: step_of(name, model, pixels, labels, share, options.methods[0], own[name]) for name in names}
-            times = medians(steps, options.rounds, device)
-            parts = 1000 * statistics.median(own["equal"][1:]) / times["plain"] if device.type == "cpu" else None
-            memory = peak_bytes(steps["equal"], device) / peak_bytes(steps["plain"], device)
-            table.add(short, share, *map(times.get, names), *(over(times, name, "plain") for name in names[1:]), parts,
-                      memory)
+            taken = timings(steps, options.rounds, device)
+            plain = statistics.median(taken["plain"])
+            parts = 1000 * statistics.median(own[first][1:]) / plain if device.type == "cpu" else None
+            memory = peak_bytes(steps[first], device) / peak_bytes(steps["plain"], device)
+            ratios = itertools.chain(*(ratio(taken, name, "plain") for name in names[1:]))
+            table.add(short, share, plain, *ratios, parts, memory)
 
 
 def unchanged(device):
@@ -228,7 +250,7 @@ def eraser_of(name, explain, share, images):
     proxy.SELECTIONS[f"forced {share}"] = forced
     config = settings.resolve(settings.read_configs(), {"dataset": "folder", "data_dir": "."})
     config |= {"select": f"forced {share}", "budget": "extra" if name == "extra" else "equal",
-               "explain": "loss" if name == "loss" else "predicted"}
+               "explain": "predicted" if name == "predicted" else "loss"}
     return Timed(config, explain, unchanged(images.device), None if name == "second pass" else max(1, len(images) // 2))
 
 
@@ -240,7 +262,7 @@ def step_of(name, model, pixels, labels, share, method, own):
     if name == "library" and not peers.installed():
         return None
     device, (mean, std), heat = pixels.device, unchanged(pixels.device), None
-    explain, number, step = cam.CAM(model, method), round(share * len(labels)), STEPS.get(name, proxy.plain)
+    explain, number, step = cam.CAM(model, method), round(share * len(labels)), STEPS[name]
     with explain, torch.no_grad():
         model(loader.prepare(pixels[:2], mean, std))  # fixes the layer
     if name == "library" and number:
@@ -261,18 +283,6 @@ def step_of(name, model, pixels, labels, share, method, own):
     return work
 
 
-def options_of_a_run(short, place, options):
-    """Settings of a run on crops of scikit-learn's two sample photographs, written as JPEG files into `place`."""
-    random, photographs, size = np.random.default_rng(0), load_sample_images().images, options.image_size
-    for number in range(options.images):
-        photograph, path = photographs[number % 2], Path(place, "images", "ab"[number % 2], f"{number}.jpg")
-        down, across = (random.integers(0, side - size + 1) for side in photograph.shape[:2])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photograph[down:down + size, across:across + size]).save(path, quality=90)
-    return {"dataset": "folder", "data_dir": f"{place}/images", "model": short, "pretrained": False, "out": place,
-            "image_size": options.image_size, "batch_size": options.batch_size, "device": str(options.device)}
-
-
 def bench_train(options):
     """Complete epochs over JPEG files: ours, from the cache, and timm's own parts in a plain loop."""
     device = options.device
@@ -280,7 +290,7 @@ def bench_train(options):
                   **{"ours/timm": ".3f"})
     for short, kept in itertools.product(options.models, ("off", "auto")):
         with tempfile.TemporaryDirectory() as place:
-            given = options_of_a_run(short, place, options) | {"cam": "none", "amp": "off", "cache": kept}
+            given = peers.options_of_a_run(short, place, options) | {"cam": "none", "amp": "off", "cache": kept}
             config = settings.resolve(settings.read_configs(), given)
             theirs, seen = peers.timms_epoch(config, device)
             dataset = data.load_dataset(config)
@@ -309,7 +319,7 @@ def bench_staged(options):
                   **{"stage 2": ".2f"}, ratio=".3f")
     for short in options.models:
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
-            given = options_of_a_run(short, place, options) | {"mode": "staged", "select": "all", "cache": "off"}
+            given = peers.options_of_a_run(short, place, options) | {"mode": "staged", "select": "all", "cache": "off"}
             config, path, dataset, split, model, device = launch.start(given, False, False, None)
             split["train"] = dataset.ids
             checkpoint.save_checkpoint(path / "last.pt", {"model": model.state_dict()})
@@ -330,7 +340,32 @@ def bench_staged(options):
         table.add(short, times["evaluation"] / 1000, times["stage 2"] / 1000, over(times, "stage 2", "evaluation"))
 
 
-BENCHES = {"cam": bench_cam, "step": bench_step, "train": bench_train, "staged": bench_staged}
+EPOCHS = 1, 4  # of bench_runs
+
+
+def bench_runs(options):
+    """Whole runs from the command line: ours without and with Proxy Attention, and timm's own train.py (--script).
+
+    An epoch: what each of three more epochs takes. Around: what is left of a run, imports, checks, pictures and all.
+    """
+    table = Table(options, f"seconds of runs over {options.images} JPEG files", kind="",
+                  **{"an epoch": ".2f", "images/s": ".1f", "around": ".2f"})
+    for short in options.models:
+        with tempfile.TemporaryDirectory() as place:
+            given = peers.options_of_a_run(short, place, options)
+            images = len(list(Path(given["data_dir"], "train").glob("*/*")))
+            timm_name = settings.resolve(settings.read_configs(), given)["model_entry"]["timm"]
+            kinds = peers.commands(given, timm_name, options.script)
+            variants = {(kind, epochs): functools.partial(peers.run_of, kinds[kind], epochs, place)
+                        for kind, epochs in itertools.product(kinds, EPOCHS)}
+            times = medians(variants, options.rounds, options.device)
+        for kind in kinds:
+            few, many = (times[kind, epochs] / 1000 for epochs in EPOCHS)
+            epoch = (many - few) / (EPOCHS[1] - EPOCHS[0])
+            table.add(short, kind, epoch, images / epoch, few - EPOCHS[0] * epoch)
+
+
+BENCHES = {"cam": bench_cam, "step": bench_step, "train": bench_train, "staged": bench_staged, "runs": bench_runs}
 
 
 def parse(arguments):
@@ -340,9 +375,12 @@ def parse(arguments):
     parser.add_argument("--models", nargs="+", default=MODELS, help=f"networks (default: {' '.join(MODELS)})")
     parser.add_argument("--methods", nargs="+", default=["gradcam", "gradcam++"], choices=tuple(cam.METHODS),
                         metavar="METHOD", help="CAM methods (default: gradcam gradcam++)")
+    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=tuple(STEPS), metavar="STEP",
+                        help=f"of step: kinds beside plain (default: {', '.join(list(STEPS)[1:])})")
     parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
     parser.add_argument("--image-size", type=int, default=224, help="side in pixels (default: 224)")
-    parser.add_argument("--images", type=int, default=1200, help="of train and staged: files (default: 1200)")
+    parser.add_argument("--images", type=int, default=1200, help="of train, staged and runs: files (default: 1200)")
+    parser.add_argument("--script", metavar="FILE", help="of runs: timm's train.py")
     parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument("--csv", metavar="FILE", help="write the table to this file as well")

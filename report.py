@@ -181,9 +181,18 @@ def explainability(study):
     found = "; ".join(sure) or ("too few seeds to tell" if few else "no measure differs significantly after Holm")
     caption = (f"Explanations by {study.method}, on {explain.EXPLAINED} test images of each seed; intervals by t over "
                "seeds; Holm over all measures and arms of one baseline, the family.")
+    ways = [[arm, count, *way, *map(points, means)] for arm, runs in study.arms.items()
+            for way, (count, *means) in explain.where_found(runs.values()).items()]
     parts = [Table("explanations", caption, ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm",
                                              "family"], table, 1),
              figures.per_seed("explanations-runs", values)]
+    if ways:
+        parts.append(Table(
+            "where", "By python -m study.explain RUN --where or --misled, in %: how much of the square (or the object) "
+            f"the hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the "
+            "hottest pixel is on it; how much of the heat. Of test images that misled: overlap with the heat of the "
+            "predicted class, what that class loses with the hottest pixels (ROAD), what the true one gains (freed).",
+            ["arm", "seeds", "images", "method", "layer", "explained", *explain.FOUND.values()], ways))
     if any(compared.values()):
         words = "; ".join(f"{MEASURES[name]}: {figures.in_words(each)}" for name, each in compared.items())
         caption = "Differences in each measure, paired by seed, with 95% intervals (t)."
@@ -221,26 +230,19 @@ def planted(study, base, group):
                f"{verdicts(compared)}. Validation cannot see the shortcut, for there it tells the truth."]
     if clean:
         answers.append(f"Without squares: {verdicts(clean)}.")
-    table, ways = [], []
+    table = []
     for arm, runs in study.arms.items():
         each = list(runs.values())
         right = {part: [run.correct(part).mean() for run in each if f"{part}_labels" in run.found]
                  for part in metrics.PREDICTED}
         table.append([arm, len(each), *(points(np.mean(values) if values else None) for values in right.values()),
                       *on_the_square(study, each), *few_pixels(study, each)])
-        ways += [[arm, count, *way, *map(points, means)] for way, (count, *means) in explain.where_found(each).items()]
     names = ["arm", "seeds", "validation", "test", "clean test", "heat on the square", "chance", "leans", "by"]
     parts = figures.dots("shortcut", compared, f"accuracy where the square lies, points against {base}") + [
         Table("shortcut", "Accuracy in %: validation (the square tells the truth), test (it lies), the same test "
               "without squares; the share of the heat on the square, and what chance would give. Leans: how many runs "
               "depend on few pixels by python -m study.explain RUN --leaning, the exact 95% interval of that share, "
               f"and by how many points (above {100 * faithfulness.SHORTCUT:g} it does).", names, table)]
-    if ways:
-        parts.append(Table(
-            "where", "By python -m study.explain RUN --where, in %: how much of the square in validation images the "
-            f"hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the hottest "
-            "pixel is on it; how much of the heat.", ["arm", "seeds", "method", "layer", "explained", "covered",
-                                                      "in worst class", "hottest on it", "heat on it", "chance"], ways))
     return parts, answers
 
 

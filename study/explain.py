@@ -4,6 +4,7 @@
     python -m study.explain runs/NAME --cam gradcam         # by this method, and not by one it was not trained with
     python -m study.explain runs/NAME --leaning             # does it depend on few pixels, as on a shortcut?
     python -m study.explain runs/NAME --where --layer -2    # how much of a planted square, or of the object, heat finds
+    python -m study.explain runs/NAME --misled              # in test images that are wrong: does it find what misleads?
 
 Into explanations.json and .npz, leaning.json (of validation images alone) and where.json; `faithfulness.py` has the
 measures.
@@ -31,6 +32,9 @@ RULE = "the rule's"  # the layer where none is named
 AREA = f"{100 * faithfulness.FEW:g}%"
 # What unlearnt a shortcut on digits and on photographs.
 UNLEARN = f"--select all --cam elementwise --explain margin --layer -2 --fill swap --area {faithfulness.FEW:g}"
+# What --where measures, and a column's head.
+FOUND = {"erased": f"hottest {AREA} cover", "worst_class": "in worst class", "pointing": "hottest on it",
+         "inside": "heat on it", "covered": "chance", "overlap": "overlap", "road": "ROAD", "freed": "freed"}
 BETTER = {"deletion": "lower is better", "insertion": "higher", "drop": "lower", "increase": "higher", "road": "higher",
           "sensitivity": "higher: shuffled weights change the heat", "pointing": "hottest pixel on the {mask}",
           "inside": "share of the heat on the {mask}", "covered": "what chance would give"}
@@ -189,32 +193,44 @@ def describe_leaning(path, found):
             f"their pixels as noise, the hottest or as many at a random place:\n{table}\n{answer}")
 
 
-def write_where(path, methods, layer=None, device=torch.device("cpu")):
-    """How much of a run's planted squares, or of the object, heat finds on its validation images: `faithfulness.where`.
+def write_where(path, methods, layer=None, device=torch.device("cpu"), misled=False):
+    """How well heat finds a run's planted squares, or the object, on its validation images: `faithfulness.where`.
 
-    layer: None for the run's own or the rule's. Adds to where.json a row for each method, layer and explained score,
-    and returns these: means over the images, and worst_class, `erased` in the class where it is least: a network can
-    tell a class by the absence of the others' squares. Raises UserError where it is not known where heat should lie.
+    misled: on test images that the network gets wrong; there also how well it finds what misled it. layer: None for the
+    run's own or the rule's. Adds to where.json a row for each method, layer and explained score, and returns these:
+    means over the images, and worst_class, `erased` in the class where it is least: a network can tell a class by the
+    absence of the others' squares. Raises UserError where there is nothing to find.
     """
-    run = folder.open_run(path)
-    opened, layer = Images(run, drawn(run, "val", "where", LEANING), device), layer or own_layer(run.config)
-    parts, labels, rows = [], [], []
-    for images, classes, pixels, places in opened:
+    run, images_of = folder.open_run(path), "misled" if misled else "val"
+    ids, layer = drawn(run, "test" if misled else "val", "where", LEANING), layer or own_layer(run.config)
+    opened, parts, labels, rows = Images(run, ids, device), [], [], []
+    for number, (images, classes, pixels, places) in enumerate(opened):
+        if misled:
+            with torch.no_grad():
+                wrong = opened.model(images).argmax(1) != classes
+            images, classes, pixels, places = images[wrong], classes[wrong], pixels[wrong], places[wrong.cpu().numpy()]
+        if not len(images):
+            continue
         name, mask = decoy.masks_of(opened.dataset, places, pixels)
-        if mask is None:
+        if mask is None and not misled:
             raise UserError(f"--where {path}: nothing is known of where the object is in {run.config['dataset']}; it "
-                            f"is for runs with --decoy, and for {', '.join(decoy.MASKS)}")
+                            f"is for runs with --decoy, and for {', '.join(decoy.MASKS)}. --misled needs no such mask")
         try:
-            parts.append(faithfulness.where(opened.model, images, classes, mask, methods, layer))
+            parts.append(faithfulness.where(opened.model, images, classes, mask, methods, layer,
+                                            (run.config["seed"], number) if misled else None))
         except ValueError as error:
             raise UserError(f"--where {path}: {error}") from None
         labels.append(classes)
+    if not parts:
+        raise UserError(f"--misled {path}: no image of its test part is misled")
     labels = torch.cat(labels)
     for method, score in parts[0]:
         found = {key: torch.cat([part[method, score][key] for part in parts]) for key in parts[0][method, score]}
-        worst = min(float(found["erased"][labels == label].mean()) for label in labels.unique())
-        rows.append({"method": method, "layer": layer, "explain": score, "mask": name, "images": len(labels),
-                     **{key: float(each.mean()) for key, each in found.items()}, "worst_class": worst})
+        row = {"of": images_of, "method": method, "layer": layer, "explain": score, "mask": name, "images": len(labels),
+               **{key: float(each.mean()) for key, each in found.items()}}
+        if name:
+            row["worst_class"] = min(float(found["erased"][labels == label].mean()) for label in labels.unique())
+        rows.append(row)
     file, asked = run.folder / "where.json", [way_of(row) for row in rows]
     there = files.read_json(file) if file.exists() else []
     files.write_json(file, [row for row in there if way_of(row) not in asked] + rows)
@@ -222,33 +238,29 @@ def write_where(path, methods, layer=None, device=torch.device("cpu")):
 
 
 def way_of(row):
-    """Method, layer and score of a row of where.json."""
-    return row["method"], row["layer"] or RULE, row["explain"]
+    """Kind of images (absent in older ones), method, layer and score of a row of where.json."""
+    return row.get("of", "val"), row["method"], row["layer"] or RULE, row["explain"]
 
 
 def where_found(runs):
-    """{(method, layer, score): [number of runs, means]} of the where.json that runs have.
-
-    Means of erased, worst_class, pointing, inside and covered; None where a run lacks it, as older ones may.
-    """
+    """{`way_of`: [number of runs, means of FOUND or None]} of the where.json that runs have."""
     found = {}
-    for file in (run.folder / "where.json" for run in runs):
+    for file in (Path(run.folder, "where.json") for run in runs):
         for row in files.read_json(file) if file.exists() else []:
             found.setdefault(way_of(row), []).append(row)
     for way, rows in found.items():
-        columns = [[row.get(key) for row in rows] for key in ("erased", "worst_class", "pointing", "inside", "covered")]
+        columns = [[row.get(key) for row in rows] for key in FOUND]
         found[way] = [len(rows), *(None if None in column else np.mean(column) for column in columns)]
     return found
 
 
 def describe_where(path, rows):
     """What `write_where` found, as lines for the terminal."""
-    cells = [[*way_of(row), *(points(row[key], 1) for key in ("erased", "worst_class", "pointing", "inside"))]
-             for row in rows]
-    table = as_text(["method", "layer", "explained", f"hottest {AREA} cover %", "in worst class %",
-                     "hottest pixel on it %", "heat on it %"], cells)
-    return (f"{path}: of the {rows[0]['mask']} in {rows[0]['images']} validation images, "
-            f"{100 * rows[0]['covered']:.1f}% of their pixels\n{table}")
+    kept = [key for key in FOUND if any(row.get(key) is not None for row in rows)]
+    table = as_text(["images", "method", "layer", "explained", *(FOUND[key] for key in kept)],
+                    [[*way_of(row), *(points(row.get(key), 1) for key in kept)] for row in rows])
+    mask = f", and the {rows[0]['mask']} in them" * bool(rows[0]["mask"])
+    return f"{path}: {rows[0]['images']} images{mask}; in %\n{table}"
 
 
 def parse(arguments):
@@ -259,16 +271,18 @@ def parse(arguments):
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--leaning", action="store_true", help="does it depend on few pixels, as on a shortcut?")
     modes.add_argument("--where", action="store_true", help="how much of the square, or of the object, heat finds")
+    modes.add_argument("--misled", action="store_true", help="how well heat finds what misleads")
     parser.add_argument("--cam", nargs="+", metavar="METHOD",
-                        help=f"one of {', '.join(cam.METHODS)}, with --where several (default: one that the run was "
-                        "not trained with; with --where gradcam and layercam)")
-    parser.add_argument("--layer", help="with --where: the layer to explain (default: the run's own, or the rule's)")
+                        help=f"one of {', '.join(cam.METHODS)}, with --where and --misled several (default: one that "
+                        "the run was not trained with; with --where and --misled gradcam and layercam)")
+    parser.add_argument("--layer", help="with --where and --misled: the layer (default: the run's own, or the rule's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     options = argparse.Namespace(**parser.parse(arguments))
-    if options.layer and not options.where:
-        parser.error("--layer goes with --where")
-    if options.cam and (options.leaning or len(options.cam) > 1 and not options.where):
-        parser.error("--cam takes one method, with --where several, and does not go with --leaning")
+    finds = options.where or options.misled
+    if options.layer and not finds:
+        parser.error("--layer goes with --where and --misled")
+    if options.cam and (options.leaning or len(options.cam) > 1 and not finds):
+        parser.error("--cam takes one method, with --where and --misled several, and does not go with --leaning")
     for method in options.cam or ():
         if method not in cam.METHODS:
             parser.error(f"--cam {method}: no CAM method{files.nearest(method, cam.METHODS)}")
@@ -283,8 +297,8 @@ def main(arguments=None):
     for path in options.runs:
         if options.leaning:
             print(describe_leaning(path, write_leaning(path, device)))
-        elif options.where:
-            rows = write_where(path, options.cam or ["gradcam", "layercam"], options.layer, device)
+        elif options.where or options.misled:
+            rows = write_where(path, options.cam or ["gradcam", "layercam"], options.layer, device, options.misled)
             print(describe_where(path, rows) + "\n")
         else:
             write_explanations(path, options.cam[0] if options.cam else None, device)

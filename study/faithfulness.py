@@ -246,11 +246,13 @@ def leaning(model, images, labels, normalisation, way=WAYS[0], key=()):
         return {name: logits.argmax(1) == labels for name, logits in right.items()}
 
 
-def where(model, images, labels, mask, methods, layer):
-    """How well each way of explaining finds what the mask covers: {(method, key of cam.EXPLAIN): {name: float [N]}}.
+def where(model, images, labels, mask, methods, layer, misled=None):
+    """How well each way of explaining finds what matters: {(method, key of cam.EXPLAIN): {name: float [N]}}.
 
-    erased: the share of the mask among the hottest FEW of the pixels; and what `lies` gives. labels: int64 [N]. mask:
-    not empty.
+    With a mask, not empty: erased, the share of it among the hottest FEW of the pixels; and what `lies` gives. misled:
+    the key of the draws, for images that the network gets wrong; then also overlap with the heat of the predicted
+    class; road, what that class loses with the hottest pixels against the coolest (ROADCombined); and freed, what the
+    true class gains so. labels: int64 [N].
     """
     found = {}
     for method in methods:
@@ -258,6 +260,14 @@ def where(model, images, labels, mask, methods, layer):
             with cam.CAM(model, method, None if method in cam.ATTENTION else layer) as explain:
                 logits = model(images)
                 heat = cam.upsample(explain(logits, None, *scores(logits, labels)), images.shape[-2:])
-            erased = proxy.pixel_mask(heat, FEW) & mask
-            found[method, name] = {"erased": erased.float().sum((1, 2)) / mask.float().sum((1, 2)), **lies(heat, mask)}
+            values = found[method, name] = {}
+            if mask is not None:
+                erased = (proxy.pixel_mask(heat, FEW) & mask).float().sum((1, 2))
+                values |= {"erased": erased / mask.float().sum((1, 2)), **lies(heat, mask)}
+            if misled is not None:
+                first = heat if name == "predicted" else first
+                values["overlap"] = overlap(heat, first)
+                for measure, sign, classes in (("road", 1, logits.argmax(1)), ("freed", -1, labels)):
+                    hot, cool = road(model, images, ranks_of(heat, *misled), classes, *misled)
+                    values[measure] = sign * (cool - hot).mean(1) / 2
     return found

@@ -5,14 +5,22 @@
 """
 
 import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import timm.data
 import timm.optim
 import timm.utils
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from engine import cache, network
+from engine import cache, files, network, settings
+from engine.files import UserError
 
 # Our names of the methods -> the library's classes.
 METHODS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "xgradcam": "XGradCAM", "hirescam": "HiResCAM",
@@ -72,3 +80,45 @@ def timms_epoch(config, device):
             optimizer.zero_grad()
 
     return epoch, len(batches) * config["batch_size"]
+
+
+def options_of_a_run(short, place, options):
+    """Settings of a run on crops of scikit-learn's two sample photographs, written as JPEG files into `place`."""
+    random, photographs, size = np.random.default_rng(0), load_sample_images().images, options.image_size
+    for number in range(options.images):
+        part = "train" if number // 2 % 10 else "val" if number // 2 % 20 else "test"
+        photograph, path = photographs[number % 2], Path(place, "images", part, "ab"[number % 2], f"{number}.jpg")
+        down, across = (random.integers(0, side - size + 1) for side in photograph.shape[:2])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph[down:down + size, across:across + size]).save(path, quality=90)
+    return {"dataset": "folder", "data_dir": f"{place}/images", "model": short, "pretrained": False, "out": place,
+            "image_size": options.image_size, "batch_size": options.batch_size, "device": str(options.device)}
+
+
+def commands(given, timm_name, script):
+    """{kind: command line, but for the epochs}: a run without and with Proxy Attention, and timm's script, or None.
+
+    given: the settings of ours. timm_name: the network's. All have the same images, batch size and optimizer.
+    """
+    size, batch = str(given["image_size"]), str(given["batch_size"])
+    ours = [sys.executable, str(settings.HERE / "train.py"), "--dataset", "folder", "--data-dir", given["data_dir"],
+            "--model", given["model"], "--no-pretrained", "--image-size", size, "--batch-size", batch,
+            "--device", given["device"], "--out", f"{given['out']}/runs"]
+    found = {"none": [*ours, "--cam", "none"], "gradcam": [*ours, "--cam", "gradcam"]}
+    if script:
+        found["timm"] = [
+            sys.executable, script, "--data-dir", given["data_dir"], "--train-split", "train", "--val-split",
+            "val", "--model", timm_name, "--num-classes", "2", "--img-size", size, "--batch-size", batch, "--opt",
+            "adamw", "--lr", "3e-4", "--clip-grad", "1", "--scale", "1", "1", "--ratio", "1", "1", "--color-jitter",
+            "0", "--warmup-epochs", "0", "--workers", "2", "--channels-last", "--output", f"{given['out']}/timm",
+            "--device", given["device"]]
+    return found
+
+
+def run_of(command, epochs, place):
+    """Run a command line to its end. Raises UserError where it fails."""
+    done = subprocess.run([*command, "--epochs", str(epochs)], cwd=place, capture_output=True, text=True)
+    shutil.rmtree(f"{place}/runs", ignore_errors=True)
+    if done.returncode:
+        raise UserError(f"{Path(command[1]).name} ended with status {done.returncode}: "
+                        f"{files.short_reason(done.stderr.strip()[-300:])}")

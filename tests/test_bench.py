@@ -2,23 +2,28 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 
 import bench
 import cam
+from engine.files import UserError
 from study import peers
 
 SMALL = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "--rounds", "1", "--images", "16",
          "--device", "cpu"]
-ROWS = {"cam": 2, "step": 3, "train": 2, "staged": 1}
+ROWS = {"cam": 2, "step": 3, "train": 2, "staged": 1, "runs": 3}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ROWS)
-def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(what, tmp_path, capsys):
+def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(what, tmp_path, capsys, monkeypatch):
     kept = tmp_path / "table.csv"
-    assert bench.main([what, *SMALL, "--methods", "gradcam", "layercam", "--csv", str(kept)]) == 0
+    monkeypatch.setattr(peers, "run_of", lambda command, epochs, place: 1.0 + epochs)
+    script = tmp_path / "train.py"
+    more = ["--methods", "gradcam", "layercam", "--csv", str(kept), "--script", str(script)]
+    assert bench.main([what, *SMALL, *more]) == 0
     rows, printed = list(csv.DictReader(kept.open())), capsys.readouterr().out
     assert len(rows) == ROWS[what]
     lines = [line.split() for line in printed.splitlines() if line.startswith("test_resnet")]
@@ -28,12 +33,38 @@ def test_a_table_is_kept_as_it_is_printed_with_the_machine_and_what_was_set(what
         assert len(values) == len(line)
         for value, shown in zip(values[1:], line[1:]):
             number = shown.removesuffix("%")
-            if number.replace(".", "").isdecimal():
+            if number.replace(".", "").isdecimal() and value.replace(".", "").isdecimal():
                 assert float(value) == pytest.approx(float(number) / (100 if "%" in shown else 1), abs=0.06)
     if what == "cam":
         assert all(float(r["adds"]) / float(r["forward"]) == pytest.approx(float(r["adds/forward"])) for r in rows)
     if what == "step":
-        assert all(float(r["equal"]) / float(r["plain"]) == pytest.approx(float(r["equal/"])) for r in rows)
+        for row in rows:
+            low, high = map(float, row["loss 95%"].split("-"))
+            assert low - 0.001 <= float(row["loss"]) <= high + 0.001
+    if what == "runs":
+        assert [row["kind"] for row in rows] == ["none", "gradcam", "timm"]
+        assert {float(row["an epoch"]) for row in rows} == {1} and {float(row["around"]) for row in rows} == {1}
+
+
+@pytest.mark.slow
+def test_a_command_of_ours_is_a_run_and_one_that_fails_is_said(tmp_path):
+    options = bench.parse(["runs", *SMALL, "--images", "80"])
+    given = peers.options_of_a_run("test_resnet", tmp_path, options)
+    command = peers.commands(given, "test_resnet", None)["gradcam"]
+    peers.run_of(command, 1, tmp_path)
+    with pytest.raises(UserError, match="train.py ended with status 2: .*--epochs"):
+        peers.run_of(command, 0, tmp_path)
+
+
+def test_a_ratio_is_the_median_of_its_rounds_and_its_interval_covers_the_true_one():
+    assert bench.ratio({"plain": [1.0, 2.0, 4.0], "loss": [1.1, 2.4, 4.2]}, "loss", "plain") == (1.1, "1.050-1.200")
+    assert bench.ratio({"plain": [1.0]}, "library", "plain") == (None, None)
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        taken = {"plain": np.ones(11), "loss": np.exp(0.05 * random.standard_normal(11))}
+        low, high = map(float, bench.ratio(taken, "loss", "plain")[1].split("-"))
+        covered += low <= 1 <= high
+    assert 0.95 < covered / 400 < 1
 
 
 @pytest.mark.slow
@@ -55,10 +86,11 @@ def test_a_step_is_the_programs_own_with_the_share_that_was_asked_for():
     model, images = bench.network_and_images("test_resnet", options)
     labels = torch.arange(4)
     for share, number in ((0.0, 0), (0.25, 1), (1.0, 2)):  # at most half of the seats
-        eraser = bench.eraser_of("equal", cam.CAM(model, "gradcam"), share, images)
-        assert bench.STEPS["equal"](model.train(), images, labels, eraser).fresh.all()
-        assert int(eraser.waiting.taken.sum()) == number
-        assert int((~bench.STEPS["equal"](model, images, labels, eraser).fresh).sum()) == number
+        eraser = bench.eraser_of("loss", cam.CAM(model, "gradcam"), share, images)
+        trained = bench.STEPS["loss"](model.train(), images, labels, eraser)
+        trained.loss.backward()  # which brings the heat
+        assert trained.fresh.all() and int(eraser.waiting.taken.sum()) == number
+        assert int((~bench.STEPS["loss"](model, images, labels, eraser).fresh).sum()) == number
 
 
 @pytest.mark.skipif(not peers.installed(), reason="needs the grad-cam library of tests/requirements.txt")

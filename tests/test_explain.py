@@ -18,7 +18,7 @@ from scipy import stats
 from test_data import load
 
 import train
-from engine import decoy, files, settings
+from engine import decoy, files, folder, settings
 from engine.dataset import Dataset, Names, to_rgb
 from study import explain, faithfulness
 
@@ -261,7 +261,7 @@ def test_leaning_leaves_out_a_way_for_which_no_layer_is_fine_enough(deceived, mo
 
 def test_where_is_how_much_of_the_square_each_way_of_explaining_finds(deceived, capsys):
     assert explain.main([str(deceived), "--where", "--cam", "layercam", "random", "--layer", "layer1"]) == 0
-    assert "of the swatch in" in capsys.readouterr().out
+    assert "and the swatch in them" in capsys.readouterr().out
     rows = {(row["method"], row["explain"]): row for row in files.read_json(deceived / "where.json")}
     scores = ("predicted", "true", "margin", "loss")
     assert set(rows) == {(method, score) for method in ("layercam", "random") for score in scores}
@@ -286,6 +286,33 @@ def test_where_shows_that_the_square_of_one_class_is_not_found(deceived, monkeyp
     monkeypatch.setattr(faithfulness, "where", blind)
     rows = explain.write_where(deceived, ["random"], None)
     assert {row["worst_class"] for row in rows} == {0} and all(0.8 < row["erased"] < 1 for row in rows)
+
+
+def test_misled_asks_of_wrong_test_images_alone_what_misled_them(deceived, capsys):
+    found = folder.read_predictions(deceived)
+    wrong = int((found["test_logits"].argmax(1) != found["test_labels"]).sum())
+    assert explain.main([str(deceived), "--misled", "--cam", "gradcam", "--layer", "layer2"]) == 0
+    assert f"{wrong} images, and the swatch in them" in capsys.readouterr().out
+    rows = {row["explain"]: row for row in files.read_json(deceived / "where.json") if row.get("of") == "misled"}
+    assert {row["images"] for row in rows.values()} == {wrong} and rows["predicted"]["overlap"] == 1
+    assert rows["true"]["overlap"] < rows["loss"]["overlap"] < 1  # which is the wrong class's evidence, less the true
+    assert rows["predicted"]["road"] > rows["true"]["road"] and rows["loss"]["freed"] > rows["true"]["freed"]
+
+
+def test_a_hot_pixel_that_misled_frees_the_true_class_and_one_that_did_not_does_not():
+    """A network that goes by one corner: the heat there is what misled it, heat elsewhere is not."""
+    class Corner(torch.nn.Module):
+        def forward(self, images):
+            return torch.stack([4 * images[:, 0, :8, :8].mean((1, 2)), torch.zeros(len(images))], 1)
+
+    images, labels = torch.zeros(2, 3, 32, 32), torch.ones(2, dtype=torch.long)
+    images[:, :, :8, :8] = 1
+    heat = torch.zeros(2, 32, 32)
+    heat[0, :8, :8], heat[1, 16:24, 16:24] = 1, 1
+    ranks = faithfulness.ranks_of(heat)
+    hot, cool = faithfulness.road(Corner(), images, ranks, labels)
+    freed = (hot - cool).mean(1) / 2
+    assert freed[0] > 0.2 and freed[1] < 0.05
 
 
 def test_where_needs_a_mask_and_a_layer(deceived, trained, capsys):

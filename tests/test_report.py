@@ -138,11 +138,12 @@ def test_what_where_found_is_a_table_of_means_over_the_runs(written):
     folder, arms = written
     rows = rows_of(folder, "where")
     each = [files.read_json(run.folder / "where.json") for run in arms["square"].values()]
-    assert [(row["arm"], row["seeds"], row["method"], row["layer"], row["explained"]) for row in rows] == [
-        ("square", "2", "gradcam", "the rule's", score) for score in ("predicted", "true", "margin", "loss")]
+    assert [tuple(row.values())[:6] for row in rows] == [
+        ("square", "2", "val", "gradcam", "the rule's", score) for score in ("predicted", "true", "margin", "loss")]
     for place, row in enumerate(rows):
         mean = 100 * np.mean([found[place]["erased"] for found in each])
-        assert float(row["covered"]) == pytest.approx(mean, abs=0.01)
+        assert float(row[explain.FOUND["erased"]]) == pytest.approx(mean, abs=0.01)
+        assert row["freed"] == "–"  # measured by --misled alone
 
 
 def test_a_where_json_written_before_it_knew_the_worst_class_gives_a_dash(tmp_path):
@@ -150,7 +151,7 @@ def test_a_where_json_written_before_it_knew_the_worst_class_gives_a_dash(tmp_pa
            "covered": 0.1}
     files.write_json(tmp_path / "where.json", [old])
     assert explain.where_found([SimpleNamespace(folder=tmp_path)]) == {
-        ("gradcam", "the rule's", "true"): [1, 0.5, None, 1, 0.5, 0.1]}
+        ("val", "gradcam", "the rule's", "true"): [1, 0.5, None, 1, 0.5, 0.1, None, None, None]}
 
 
 def test_markup_in_names_is_text(written):
