@@ -28,8 +28,8 @@ HOTTEST = 0.2  # share of the pixels, of `overlap`
 
 @torch.no_grad()
 def probability(model, images, classes):
-    """Softmax probability [N] of `classes`."""
-    return model(images).float().softmax(1).gather(1, classes[:, None])[:, 0]
+    """Softmax probability of `classes`, as these [N] or [N, K]."""
+    return model(images).float().softmax(1).gather(1, classes.view(len(classes), -1)).view_as(classes)
 
 
 def ranks_of(heat, *key):
@@ -132,8 +132,9 @@ def _conjugate_gradients(apply, x, right, images, error):
 def road(model, images, ranks, classes, *key, noise=ROAD_NOISE):
     """ROAD, Rong et al. 2022: probability with the hottest, and with the coolest pixels imputed: two [N, PERCENTILES].
 
-    Column p: the hottest (coolest) 100 - p% of the pixels are missing, as in grad-cam's implementation. Their mean
-    difference, coolest minus hottest, halved, is its ROADCombined.
+    classes: [N]; or [N, K], which gives two [N, PERCENTILES, K]. Column p: the hottest (coolest) 100 - p% of the pixels
+    are missing, as in grad-cam's implementation. Their mean difference, coolest minus hottest, halved, is its
+    ROADCombined.
     """
     pixels, found = ranks[0].numel(), []
     for first in (ranks, pixels - 1 - ranks):
@@ -267,7 +268,7 @@ def where(model, images, labels, mask, methods, layer, misled=None):
             if misled is not None:
                 first = heat if name == "predicted" else first
                 values["overlap"] = overlap(heat, first)
-                for measure, sign, classes in (("road", 1, logits.argmax(1)), ("freed", -1, labels)):
-                    hot, cool = road(model, images, ranks_of(heat, *misled), classes, *misled)
-                    values[measure] = sign * (cool - hot).mean(1) / 2
+                both = torch.stack([logits.argmax(1), labels], 1)
+                hot, cool = road(model, images, ranks_of(heat, *misled), both, *misled)
+                values["road"], values["freed"] = ((cool - hot).mean(1) / 2 * both.new_tensor([1, -1])).T
     return found

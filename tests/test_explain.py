@@ -288,9 +288,11 @@ def test_where_shows_that_the_square_of_one_class_is_not_found(deceived, monkeyp
     assert {row["worst_class"] for row in rows} == {0} and all(0.8 < row["erased"] < 1 for row in rows)
 
 
-def test_misled_asks_of_wrong_test_images_alone_what_misled_them(deceived, capsys):
-    found = folder.read_predictions(deceived)
-    wrong = int((found["test_logits"].argmax(1) != found["test_labels"]).sum())
+def test_misled_asks_of_wrong_test_images_alone_what_misled_them(deceived, monkeypatch, capsys):
+    monkeypatch.setattr(explain, "LEANING", 30)
+    found, asked = folder.read_predictions(deceived), explain.drawn(folder.open_run(deceived), "test", "where", 30)
+    right = dict(zip(found["test_ids"], found["test_logits"].argmax(1) == found["test_labels"]))
+    wrong = sum(not right[image_id.encode()] for image_id in asked)
     assert explain.main([str(deceived), "--misled", "--cam", "gradcam", "--layer", "layer2"]) == 0
     assert f"{wrong} images, and the swatch in them" in capsys.readouterr().out
     rows = {row["explain"]: row for row in files.read_json(deceived / "where.json") if row.get("of") == "misled"}
