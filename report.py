@@ -161,7 +161,7 @@ def explainability(study):
     """Question 4: is it easier to explain?"""
     title, values = "Does it change how well the network can be explained?", {}
     if not study.heat:
-        return Section(title, "Left out by --no-heat.")
+        return Section(title, "Left out by --no-heat.", found_by_heat(study))
     for arm, run in study.results:
         for name, found in explain.write_explanations(run.folder, study.method, study.device).items():
             if found.ndim == 1:  # not a curve
@@ -181,23 +181,27 @@ def explainability(study):
     found = "; ".join(sure) or ("too few seeds to tell" if few else "no measure differs significantly after Holm")
     caption = (f"Explanations by {study.method}, on {explain.EXPLAINED} test images of each seed; intervals by t over "
                "seeds; Holm over all measures and arms of one baseline, the family.")
-    ways = [[arm, count, *way, *map(points, means)] for arm, runs in study.arms.items()
-            for way, (count, *means) in explain.where_found(runs.values()).items()]
     parts = [Table("explanations", caption, ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm",
                                              "family"], table, 1),
              figures.per_seed("explanations-runs", values)]
-    if ways:
-        parts.append(Table(
-            "where", "By python -m study.explain RUN --where or --misled, in %: how much of the square (or the object) "
-            f"the hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the "
-            "hottest pixel is on it; how much of the heat. Of test images that misled: overlap with the heat of the "
-            "predicted class, what that class loses with the hottest pixels (ROAD), what the true one gains (freed).",
-            ["arm", "seeds", "images", "method", "layer", "explained", *explain.FOUND.values()], ways))
+    parts += found_by_heat(study)
     if any(compared.values()):
         words = "; ".join(f"{MEASURES[name]}: {figures.in_words(each)}" for name, each in compared.items())
         caption = "Differences in each measure, paired by seed, with 95% intervals (t)."
         parts = [Picture("explanations", caption, figures.measures(compared), words), *parts]
     return Section(title, f"Measured with {study.method}, which no arm was trained with: {found}.", parts)
+
+
+def found_by_heat(study):
+    """A Table of what the runs' where.json hold; none where they have none."""
+    ways = [[arm, count, *way, *map(points, means)] for arm, runs in study.arms.items()
+            for way, (count, *means) in explain.where_found(runs.values()).items()]
+    caption = ("By python -m study.explain RUN --where or --misled, in %: how much of the square (or the object) the "
+               f"hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the "
+               "hottest pixel is on it; how much of the heat. Of test images that misled: overlap with the heat of the "
+               "predicted class, what that class loses with the hottest pixels (ROAD), what the true one gains (freed).")
+    header = ["arm", "seeds", "images", "method", "layer", "explained", *explain.FOUND.values()]
+    return [Table("where", caption, header, ways)] if ways else []
 
 
 def shortcut(study):

@@ -201,8 +201,9 @@ def write_where(path, methods, layer=None, device=torch.device("cpu"), misled=Fa
     means over the images, and worst_class, `erased` in the class where it is least: a network can tell a class by the
     absence of the others' squares. Raises UserError where there is nothing to find.
     """
-    run, images_of = folder.open_run(path), "misled" if misled else "val"
-    ids, layer = drawn(run, "test" if misled else "val", "where", LEANING), layer or own_layer(run.config)
+    images_of, part, most = ("misled", "test", EXPLAINED) if misled else ("val", "val", LEANING)
+    run = folder.open_run(path)
+    ids, layer = drawn(run, part, "where", most), layer or own_layer(run.config)
     opened, parts, labels, rows = Images(run, ids, device), [], [], []
     for number, (images, classes, pixels, places) in enumerate(opened):
         if misled:

@@ -289,7 +289,7 @@ def test_where_shows_that_the_square_of_one_class_is_not_found(deceived, monkeyp
 
 
 def test_misled_asks_of_wrong_test_images_alone_what_misled_them(deceived, monkeypatch, capsys):
-    monkeypatch.setattr(explain, "LEANING", 30)
+    monkeypatch.setattr(explain, "EXPLAINED", 30)
     found, asked = folder.read_predictions(deceived), explain.drawn(folder.open_run(deceived), "test", "where", 30)
     right = dict(zip(found["test_ids"], found["test_logits"].argmax(1) == found["test_labels"]))
     wrong = sum(not right[image_id.encode()] for image_id in asked)
