@@ -196,7 +196,7 @@ def describe_leaning(path, found):
 def write_where(path, methods, layer=None, device=torch.device("cpu"), misled=False):
     """How well heat finds a run's planted squares, or the object, on its validation images: `faithfulness.where`.
 
-    misled: on test images that the network gets wrong; there also how well it finds what misled it. layer: None for the
+    misled: on those of EXPLAINED test images that it gets wrong; there also what misled it. layer: None for the
     run's own or the rule's. Adds to where.json a row for each method, layer and explained score, and returns these:
     means over the images, and worst_class, `erased` in the class where it is least: a network can tell a class by the
     absence of the others' squares. Raises UserError where there is nothing to find.
