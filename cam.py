@@ -199,7 +199,7 @@ class CAM:
             torch._functorch.config.donated_buffer = False
         self.names = {module: name for name, module in self.model.named_modules()}
         self.prefix = getattr(self.model, "num_prefix_tokens", 0)
-        self.layer, self._hooks, self._parts, self.min_grid = None, [], [], MIN_GRID
+        self.layer, self._hooks, self._parts, self.min_grid, self._awaited = None, [], [], MIN_GRID, None
         if method == "cam" or method in ATTENTION:
             self._parts.append(_engine().Head(self) if method == "cam" else _engine().Attention(self, layer))
         if layer is not None and not (isinstance(layer, str) and FROM_END.fullmatch(layer)):
@@ -238,12 +238,14 @@ class CAM:
     def __exit__(self, *exception):
         while self._hooks:
             self._hooks.pop().remove()
-        if not self._awaited:
+        if self._awaited is None:
             self.release()
 
     def release(self):
         """Forget the last forward pass."""
-        self.activations, self._logits, self._awaited = {}, None, False
+        if self._awaited is not None:
+            self._awaited.remove()  # for it holds the graph that holds it
+        self.activations, self._logits, self._awaited = {}, None, None
         for part in self._parts:
             part.release()
 
@@ -330,7 +332,7 @@ class CAM:
         The heat is that of `EXPLAIN["loss"]`, all images explained together. loss: the mean of the last forward pass
         over so many `images`; what it is multiplied by, as by a gradient scaler, is divided out. rows: int64 [N].
         """
-        scale, self._awaited = [], True
+        scale = []
         loss.register_hook(lambda gradient: scale.append(images / gradient))
 
         @torch.no_grad()
@@ -339,7 +341,7 @@ class CAM:
             then(lambda: self._heat(lambda tensors: own, rows, len(rows)))
             self.release()
 
-        torch.autograd.graph.register_multi_grad_hook(list(self.activations.values()), arrived)
+        self._awaited = torch.autograd.graph.register_multi_grad_hook(list(self.activations.values()), arrived)
 
     def _heat(self, gradients, rows, count, weights=None):
         """As `__call__`. gradients: tensors that were kept -> the score's gradients with respect to these."""

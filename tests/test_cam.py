@@ -1,8 +1,10 @@
 """cam.py against the grad-cam library and the papers' equations."""
 
 import contextlib
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +128,31 @@ def test_in_training_the_loss_brings_the_heat_that_its_score_gives_with_all_imag
     loss.div(2).backward()
     torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=0)
     assert found[0].amax() == 1
+
+
+def test_nothing_of_a_step_outlives_its_backward_pass():
+    """A hook and the graph that it hangs on hold each other, beyond the reach of counted references."""
+    model, images, labels = network("test_resnet").train(), torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+    explain, kept = CAM(model, "gradcam"), []
+    gc.disable()
+    try:
+        for _ in range(2):
+            with explain:
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels)
+                copies = type("Copies", (), {})()
+
+                def erase(heat, copies=copies):
+                    copies.heat = heat()
+
+                explain.in_backward(loss, 2, torch.arange(2), erase)
+            loss.backward()
+            assert copies.heat.shape == (2, 4, 4)
+            kept += [weakref.ref(copies), weakref.ref(logits)]
+            del copies, erase, logits, loss
+        assert not any(each() is not None for each in kept)
+    finally:
+        gc.enable()
 
 
 def maps_of(kind, images, channels, side, seed):
