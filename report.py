@@ -193,15 +193,18 @@ def explainability(study):
 
 
 def found_by_heat(study):
-    """A Table of what the runs' where.json hold; none where they have none."""
+    """Two Tables of what the runs' where.json hold, means and each run's; none where they have none."""
     ways = [[arm, count, *way, *map(points, means)] for arm, runs in study.arms.items()
             for way, (count, *means) in explain.where_found(runs.values()).items()]
+    each = [[arm, seed, *way, *map(points, values)] for arm, runs in study.arms.items() for seed, run in runs.items()
+            for way, (_, *values) in explain.where_found([run]).items()]
     caption = ("By python -m study.explain RUN --where or --misled, in %: how much of the square (or the object) the "
                f"hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the "
                "hottest pixel is on it; how much of the heat. Of test images that misled: overlap with the heat of the "
                "predicted class, what that class loses with the hottest pixels (ROAD), what the true one gains (freed).")
-    header = ["arm", "seeds", "images", "method", "layer", "explained", *explain.FOUND.values()]
-    return [Table("where", caption, header, ways)] if ways else []
+    header = ["images", "method", "layer", "explained", *explain.FOUND.values()]
+    return [Table("where", caption, ["arm", "seeds", *header], ways),
+            Table("where-runs", caption, ["arm", "seed", *header], each, shown=False)] if ways else []
 
 
 def shortcut(study):

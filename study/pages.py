@@ -23,7 +23,8 @@ from study import comparison, figures, statistics
 from study.figures import Table, ends, number, points
 
 FOLDER = settings.HERE / "results"
-IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80, 121), "elpv": (262, 656)}  # val, test
+IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80, 121), "elpv": (262, 656),
+          "sign-digits": (206, 633)}  # val, test
 ANSWERS = re.compile(r"(?<=<!-- made by python -m study\.pages -->\n).*(?=<!-- end -->)", re.DOTALL)
 WIDTH = 120
 
@@ -89,6 +90,14 @@ class Results:
                  for seed in runs(folder, "val %")[f"{name}-train_fraction=0.05"]} for name in (arm, against)]
         return self.compare(arm, *both, folder=folder, against=against, part="val %, mean of 5 and 10%")
 
+    def misled(self, folder, measure, explained, layer="the rule's", against=("predicted", "the rule's")):
+        """The row of one way to explain against another, of the misled images of the runs without Proxy Attention."""
+        values = [{int(row["seed"]): float(row[measure]) / 100 for row in table(f"{folder}/where-runs")
+                   if (row["arm"], row["images"], row["explained"], row["layer"]) == ("none", "misled", *way)}
+                  for way in ((explained, layer), against)]
+        return self.compare(", ".join((explained, layer)), *values, folder=folder, against=", ".join(against),
+                            part=f"{measure} %")
+
     def family(self, name, rows):
         """These rows, corrected together, by (folder, arm, against, part); comparisons.csv has them under this name.
 
@@ -112,7 +121,7 @@ class Results:
     def render(self, template):
         """A template's text with its figures, wrapped."""
         here = (table, exists, runs, cell, text, mean, level, exact, sooner, zip, self.pair, self.versus,
-                self.over_shares, self.family)
+                self.over_shares, self.misled, self.family)
         names = {each.__name__: each for each in here} | {"interval": statistics.interval}
         made = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         made.filters |= {"span": lambda row, digits=2, scale=100: figures.span(row, digits, scale),
