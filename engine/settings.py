@@ -99,8 +99,8 @@ SETTINGS = {
     "cam": Setting(str, PIXELS, "what gives the heat; none: no Proxy Attention", choices=("none", *cam.METHODS)),
     "layer": Setting(str, PIXELS, "the layer to explain; -2 is the stage before the last (null: the deepest with a 4x4 "
                      "grid)", optional=True),
-    "explain": Setting(str, PIXELS, "the score to explain: the predicted class's logit, the true one's, or its margin "
-                       "over the best other; or the loss, whose backward pass brings the heat",
+    "explain": Setting(str, PIXELS, "what to explain: the loss, whose own backward pass brings the heat; or the "
+                       "predicted class's logit, the true one's, or its margin over the best other",
                        choices=tuple(cam.EXPLAIN)),
     "heat_from": Setting(str, PIXELS, "take the heat from the network of the finished run in this folder, which stays "
                          "as it is; implies --step heat_from", optional=True),
