@@ -21,22 +21,19 @@ from torchvision.transforms import v2
 
 from engine import cache, policies
 from engine.chance import numpy_generator, stable_seed, torch_generator
-from engine.dataset import Dataset, Names, image_extensions, natural_order
+from engine.classes import PART_OF_FOLDER, absent, contents, find, walk
+from engine.dataset import ALL_LEVELS, Dataset, Names, natural_order
 from engine.files import UserError, nearest
 from engine.loader import normalise, sent, to_float
-
-# How datasets name these parts on the disk.
-PART_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-                  "test": "test", "testing": "test"}
-MOST_OUTSIDE = 0.05  # of a folder's images may be in no class folder, as the 29 of ASL's test folder are
 
 
 def load_dataset(config):
     """The `Dataset` of a resolved config, its content hashed. UserError where it is not there as its entry has it."""
     name, entry, root = config["dataset"], config["dataset_entry"], Path(config["data_dir"] or ".")
     if entry["layout"] != "digits" and not os.path.isdir(root):
-        raise UserError(missing(name, entry, f"no folder {root.resolve()}"))
+        raise UserError(missing(name, entry, absent(root)))
     dataset = LAYOUTS[entry["layout"]](name, entry, root)
+    dataset.levels = config.get("levels", ALL_LEVELS)
     cache.set_digests(dataset, config)
     return dataset if config["classes"] is None else only(dataset, config["classes"])
 
@@ -45,6 +42,8 @@ def only(dataset, text):
     """The dataset with some classes alone: their names with commas between, in quotes where a name has a comma."""
     names = next(csv.reader([text], skipinitialspace=True), [])
     for name in names:
+        if name in dataset.lost:
+            raise UserError(f"--classes: the folder of class {name} holds no image; there is {dataset.lost[name]}")
         if name not in dataset.classes:
             listed = f"; it has {', '.join(dataset.classes[:10])} …"
             raise UserError(f"--classes: dataset {dataset.name} has no class {name!r}"
@@ -60,7 +59,8 @@ def only(dataset, text):
 def missing(name, entry, what):
     """The message for a dataset that is not where it should be."""
     source = f" Get it: {entry['source']}; or" if entry.get("source") else " Put it there, or"
-    return f"dataset {name}: {what}.{source} name its folder with --data-dir DIR."
+    end = "" if what.endswith("?") else "."
+    return f"dataset {name}: {what}{end}{source} name its folder with --data-dir DIR."
 
 
 # --- layouts: (name, its entry in configs.json, root folder) -> Dataset -----------------------------------------------
@@ -86,66 +86,15 @@ def digits(name, entry, root):
 def folders(name, entry, root):
     """A folder of class folders, at whatever depth the archive unpacked to, with or without train/val/test above.
 
-    The class folders' parent is the shallowest folder that holds at least two folders with images in them. Every image
-    below a class folder, however deep, belongs to that class.
+    What else lies there is told in the dataset's `notes`; see `find`.
     """
-    found, links = _walk(root)
-    if not found:
-        raise UserError(missing(name, entry, f"no images in {root.resolve()}"))
-    tops = _class_parents({inside for inside, _ in found})
-    parts = [next(filter(None, (PART_OF_FOLDER.get(n.lower()) for n in reversed(top))), None) for top in tops]
-    names = ", ".join(str(root.joinpath(*top)) for top in tops)
-    if not tops:
-        raise UserError(f"dataset {name}: {root} holds {len(found)} images but not two class folders of them. Expected "
-                        "one folder per class, named after it, with that class's images inside.")
-    if len(tops) > 1 and (None in parts or len(set(parts)) < len(parts)):
-        raise UserError(f"dataset {name}: several folders hold class folders: {names}. Name one with --data-dir.")
-    rows = []
-    for top, part in zip(tops, parts):
-        depth = len(top)
-        for inside, link in links:
-            if inside[:depth] == top:
-                raise UserError(f"dataset {name}: {root.joinpath(*inside, link)} is a link to a folder, and these are "
-                                "not followed. Put the folder itself there, or remove the link")
-        rows += [("/".join((*inside, f)), inside[depth], part, None) for inside, f in found
-                 if inside[:depth] == top and len(inside) > depth]
-    if len(found) - len(rows) > MOST_OUTSIDE * len(found):
-        listed = {row[0] for row in rows}
-        stray = next(path for inside, f in found if (path := "/".join((*inside, f))) not in listed)
-        raise UserError(f"dataset {name}: {len(found) - len(rows)} of {len(found)} images in {root} are in none of the "
-                        f"class folders that were found in {names}, the first {stray}. Expected one folder per class, "
-                        "side by side")
-    return _from_rows(name, root, rows, official=len(tops) > 1)
-
-
-def _walk(root):
-    """Images and linked folders below `root`: lists of (folder as a tuple of names, name in it)."""
-    extensions, found, links = image_extensions(), [], []
-    for folder, subfolders, files in os.walk(root):
-        inside = Path(folder).relative_to(root).parts
-        subfolders[:] = [s for s in subfolders if not s.startswith((".", "__MACOSX"))]
-        links += [(inside, s) for s in subfolders if os.path.islink(os.path.join(folder, s))]
-        odd = {s for s in subfolders if os.path.splitext(s)[1].lower() in extensions}  # a folder a.jpg: a bad image
-        subfolders[:] = [s for s in subfolders if s not in odd]
-        found += [(inside, f) for f in (*files, *odd)
-                  if not f.startswith(".") and os.path.splitext(f)[1].lower() in extensions]
-    return found, links
-
-
-def _class_parents(with_images):
-    """Folders (tuples of names) that hold class folders, given the set of folders that hold images directly."""
-    for holders in (with_images, {f[:n] for f in with_images for n in range(1, len(f) + 1)}):
-        children = {}
-        for folder in holders:
-            if folder:
-                children.setdefault(folder[:-1], set()).add(folder)
-        # train/val/test folders with images directly in them hold no classes
-        parents = [parent for parent, folders in children.items()
-                   if len(folders) > 1 and not all(f[-1].lower() in PART_OF_FOLDER for f in folders)]
-        if parents:
-            depth = min(map(len, parents))
-            return sorted(p for p in parents if len(p) == depth)
-    return []
+    tree = walk(root)
+    if not tree.images:
+        raise UserError(missing(name, entry, f"no images in {root.resolve()}; there is {contents(tree)}"))
+    found = find(name, tree)
+    dataset = _from_rows(name, root, found.rows, official=len({row[2] for row in found.rows}) > 1)
+    dataset.notes, dataset.lost, dataset.masks = found.notes, found.lost, found.masks
+    return dataset
 
 
 def table(name, entry, root):

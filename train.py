@@ -23,7 +23,7 @@ import torch
 import eval as evaluation
 from engine import before, cache, experiment, files, launch, metrics, ranks
 from engine.costs import Counts, memory
-from engine.display import console, print_epoch, show
+from engine.display import console, print_epoch, show, use_any_console
 from engine.files import UserError
 from engine.fit import out_of_memory
 from engine.folder import read_log
@@ -97,6 +97,7 @@ def run_to_its_end(ready, stop, any_code):
 
 def main(arguments=None):
     """The command line; returns the exit status: 2 for what the user can mend, 128 and the number of a signal."""
+    use_any_console()
     ready, other, stop = None, {}, ranks.Stop()
     try:
         options, other = launch.parse(arguments, __doc__)
@@ -117,7 +118,7 @@ def main(arguments=None):
             show_error(error, ready)
         return 2
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):  # it died
             show_error(UserError("a process that decodes images was killed, most often because memory ran out: give "
                                  "fewer with --workers"), ready)
         elif ready and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from engine.dataset import UNREADABLE, Names, Pixels, read_file
+from engine.dataset import ALL_LEVELS, LEVELS, Names, Pixels, read_file
 from engine.files import UserError, lock, write_atomically
 from engine.loader import RESIDENT_BYTES, Checked, Decoded
 
@@ -74,37 +74,38 @@ def open_pixels(dataset, config, build=True):
 def check_images(dataset, config):
     """Decode every image once, to see whether it can be used. Returns {index: what is wrong with it}.
 
-    `open_pixels` finds the pixels of those that can be used, where they are kept. The result is remembered, so that the
-    same files are not decoded again, but not with --cache off.
+    Sets `dataset.levels`. `open_pixels` finds the pixels of those that can be used, where they are kept. The result is
+    remembered, so that the same files are not decoded again, but not with --cache off.
     """
     size, workers = config["image_size"], decoding_workers(config)
     if isinstance(dataset.images, np.ndarray):
         return {}
     if config["cache"] == "off":
-        return _decode_all(dataset, size, None, workers)
+        return _decode_all(dataset, size, None, workers, new=True)
     folder = cache_folder(config)
     path = _pixel_file(folder, dataset, size)
-    found = path.with_name(f"checked-{path.stem}.json")
+    found = path.with_name(f"seen-{path.stem}.json")
 
     def known():
-        try:
-            return {int(index): wrong for index, wrong in json.loads(found.read_text("utf-8")).items()}
-        except (OSError, ValueError, AttributeError):
-            return {} if _mapped(path, len(dataset), size) else None
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):  # it is not there, or damaged
+            seen = json.loads(found.read_text("utf-8"))
+            dataset.levels = LEVELS[LEVELS.index(seen.pop("levels"))]
+            return {int(index): wrong for index, wrong in seen.items()}
 
     if (bad := known()) is not None:
         return bad
     fits = config["cache"] != "auto" or not _does_not_fit(folder, len(dataset) * size * size * 3)
     with _writing(folder, path):
         if (bad := known()) is None:
-            bad = _decode_all(dataset, size, path if fits else None, workers)
-            text = json.dumps(bad)
+            bad = _decode_all(dataset, size, path if fits else None, workers, new=True)
+            text = json.dumps(bad | {"levels": dataset.levels})
             write_atomically(found, lambda file: file.write(text.encode()))
     return bad
 
 
 def _pixel_file(folder, dataset, size):
-    key = hashlib.blake2b(f"{VERSION} {size} {''.join(dataset.digests)}".encode(), digest_size=12).hexdigest()
+    levels = f"{dataset.levels} " * (dataset.levels != ALL_LEVELS)
+    key = hashlib.blake2b(f"{VERSION} {size} {levels}{''.join(dataset.digests)}".encode(), digest_size=12).hexdigest()
     return folder / f"{dataset.name}-{size}-{key}.npy"
 
 
@@ -138,11 +139,12 @@ def memory_bytes():
     return min(found, default=None)
 
 
-def _decode_all(dataset, size, path, workers):
+def _decode_all(dataset, size, path, workers, new=False):
     """Decode every image. Returns {index: what is wrong with it} of those that cannot be used.
 
     path: where the pixels go, or None; where some images are bad, those of the others go under the name that a dataset
     without these has. They are written image by image: a full disk is then an error, where a mapped file would crash.
+    new: of a new run, which finds the dataset's `levels`; where they are fewer, all is decoded once more with these.
     """
     loader = torch.utils.data.DataLoader(Checked(dataset, np.arange(len(dataset)), size), batch_size=32,
                                          num_workers=workers, collate_fn=Checked.collate)
@@ -154,23 +156,29 @@ def _decode_all(dataset, size, path, workers):
 
     def write(file):
         if file:
+            file.seek(0)
             header(file, len(dataset))
-        batches = track(loader, "decoding", transient=True, disable=len(dataset) < 1000)
-        for number, (images, wrong) in enumerate(batches):
+        batches, largest = track(loader, "decoding", transient=True, disable=len(dataset) < 1000), 0
+        for number, (images, wrong, value) in enumerate(batches):
+            largest = max(largest, value)
             bad.update((number * loader.batch_size + i, text) for i, text in enumerate(wrong) if text is not None)
             if file and images is not None:
                 file.write(images.numpy())
         if file and bad:  # the header's length leaves room for any count
             file.seek(0)
             header(file, len(dataset) - len(bad))
+        fitting = next(top for top in LEVELS if largest <= top)
+        if new and largest and fitting < dataset.levels:
+            dataset.levels = fitting
+            write(file)
 
     if path is None:
         write(None)
         return bad
     write_atomically(path, write)
+    with contextlib.suppress(UserError):  # a class that has none left
+        os.replace(path, _pixel_file(path.parent, dataset.without([dataset.ids[i] for i in bad]), size))
     if bad:
-        with contextlib.suppress(UserError):  # a class that has none left
-            os.replace(path, _pixel_file(path.parent, dataset.without(dataset.ids[i] for i in bad), size))
         path.unlink(missing_ok=True)
     return bad
 
@@ -245,7 +253,7 @@ def digests_of(dataset, indices=None):
 
     def content(index):
         if isinstance(dataset.images, Names):
-            return read_file(dataset.images[index], dataset.root)
+            return read_file(dataset.images[index])
         if isinstance(dataset.images, np.ndarray):
             return dataset.images[index].tobytes()
         image = dataset.open(index)
@@ -254,7 +262,7 @@ def digests_of(dataset, indices=None):
     def digest(index):
         try:
             return hashlib.blake2b(content(index), digest_size=16).hexdigest()
-        except UNREADABLE:
+        except Exception:  # Pillow's plugins raise anything
             return NOT_READ
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:

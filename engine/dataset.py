@@ -9,17 +9,21 @@ import os
 import re
 import stat
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from engine.files import UserError
 
 LARGEST_FILE = 2**30  # bytes; what is larger is no photograph
-UNREADABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError  # what Pillow raises for a broken image
+ALL_LEVELS = 65535  # the largest value of 16 bits
+LEVELS = 255, 1023, 4095, 16383, ALL_LEVELS  # and of 8, 10, 12 and 14, which cameras and scanners put in 16-bit files
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}  # by EXIF orientation
 
 # Pillow warns of what it reads nonetheless: odd EXIF data, palettes with transparency, and images of over 89 million
 # pixels (it refuses those of over 179 million).
@@ -75,6 +79,9 @@ class Dataset:
     decoy: `Decoy` of every image, where the run is to have one (`draw_decoy`).
     pixels: `Pixels` of all images at the size of the run, where they are decoded already (`cache.open_pixels`).
     unwritten: what `cache.keep_digests` writes once it is clear that there will be a run.
+    levels: the value that becomes white in images of 16 bits, one of LEVELS, the same for all of them.
+    notes: lines on what lies in the folder and is not used. lost: {class: what its folder holds instead of images}.
+    masks: {id: mask files, relative to root}, where each image has some that show its object; or None.
     """
 
     name: str
@@ -89,6 +96,10 @@ class Dataset:
     pixels: object = None
     decoy: object = None
     unwritten: object = None
+    levels: int = ALL_LEVELS
+    notes: list = field(default_factory=list)
+    lost: dict = field(default_factory=dict)
+    masks: dict | None = None
 
     def __len__(self):
         return len(self.ids)
@@ -117,7 +128,7 @@ class Dataset:
             images = torch.utils.data.Subset(self.images, kept)
         texts = ([texts[i] for i in kept] if texts else None for texts in (self.parts, self.groups, self.digests))
         return Dataset(self.name, self.root, classes, [self.ids[i] for i in kept], labels, images, *texts,
-                       unwritten=self.unwritten)
+                       unwritten=self.unwritten, levels=self.levels, notes=self.notes, masks=self.masks)
 
     def without(self, ids):
         """The dataset without these images. Raises UserError where a class has none left."""
@@ -127,7 +138,8 @@ class Dataset:
         kept = [i for i, image_id in enumerate(self.ids) if image_id not in ids]
         labels = self.labels[kept]
         if gone := set(range(len(self.classes))) - set(labels.tolist()):
-            raise UserError(f"dataset {self.name}: no image of class {self.classes[min(gone)]!r} can be used")
+            raise UserError(f"dataset {self.name}: no image of class {self.classes[min(gone)]!r} can be used; mend "
+                            "some, or name the other classes with --classes")
         return self.keep(kept, self.classes, labels)
 
     @functools.cached_property
@@ -145,43 +157,45 @@ def natural_order(text):
             for piece in re.split(r"([0-9]+)", text)], text
 
 
-_real = functools.lru_cache(4096)(os.path.realpath)  # of folders, each of which holds many files
-
-
 def image_extensions():
     """The file endings, as ".jpg", of every format that Pillow opens."""
     return {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-def read_file(path, root):
-    """A file's bytes. Raises OSError for what is no file within `root`, wherever links lead: a device may not end."""
-    status = os.lstat(path)
-    if stat.S_ISLNK(status.st_mode):
-        target = os.path.realpath(path, strict=True)
-        status = os.stat(target)
-    else:
-        target = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
+def read_file(path):
+    """A file's bytes, wherever links lead. Raises OSError for what is no file: a device may not end."""
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a file")
-    if not target.startswith(_real(str(root)).rstrip(os.sep) + os.sep):
-        raise OSError(f"a link that leads out of {root}")
     if status.st_size > LARGEST_FILE:
         raise OSError(f"larger than {LARGEST_FILE >> 20} MB")
-    with open(target, "rb") as file:
+    with open(path, "rb") as file:
         return file.read()
 
 
-def to_rgb(image, size):
+def upright(image):
+    """A PIL image turned as its EXIF data says. Pillow's own function also writes these anew, and fails at odd ones."""
+    image.load()  # TIFF files are turned here
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image, size, levels=ALL_LEVELS):
     """Any PIL image as RGB uint8 array [size, size, 3], upright and squeezed to a square.
 
     Squeezed rather than cropped, so that no part of the image escapes the heat. Transparent pixels become mid-grey,
-    which normalisation maps near zero: neither a black nor a white drawing vanishes in it.
+    which normalisation maps near zero: neither a black nor a white drawing vanishes in it. levels: what becomes white
+    in files of 16 bits, one of LEVELS. May raise anything at all for a broken image: Pillow's plugins do.
     """
     if image.format == "JPEG":
         image.draft(None, (size, size))  # the decoder drops to the nearest power of two that is still large enough
-    image = ImageOps.exif_transpose(image)
+    deep = is_deep(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
+        image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode, levels))
+    elif deep and levels < ALL_LEVELS:  # in colour Pillow keeps the upper 8 bits alone
+        lighter = [min(255, value * (ALL_LEVELS + 1) // (levels + 1)) for value in range(256)]
+        image = image.point(lighter * len(image.getbands()))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (128, 128, 128, 255)), image)
@@ -191,17 +205,41 @@ def to_rgb(image, size):
     return np.asarray(image)
 
 
-def _to_8_bit(values, mode):
-    """Grey values of more than 8 bits as uint8. Only `I;16` names its range; the others' follows from their largest."""
+def is_deep(image):
+    """Whether a PIL image, not loaded yet, has 16 bits or more for a value in its file."""
+    return image.mode.startswith("I") or ";16B" in (tile := str(getattr(image, "tile", ())[:1])) or ";16L" in tile
+
+
+def largest_value(image):
+    """The largest value of a loaded PIL image that `is_deep`; 0 where it is none of 16 bits.
+
+    All images of a dataset are scaled by the smallest of LEVELS that holds all of theirs. Scaled by its own, a dark
+    photograph would be as bright as the others.
+    """
+    if image.mode.startswith("I"):
+        largest = int(np.asarray(image).max(initial=0))
+        return largest if largest <= ALL_LEVELS else 0
+    return int(np.asarray(image.convert("RGB")).max(initial=0)) * 256 + 255  # of colours Pillow keeps the upper 8 bits
+
+
+def _to_8_bit(values, mode, levels):
+    """Grey values of more than 8 bits as uint8: whole ones up to 16 bits by `levels`, others by their own largest."""
     values = np.nan_to_num(values.astype(np.float64))
     largest = values.max(initial=0)
-    ranges = {"I": [255, 65535], "F": [1, 255, 65535]}.get(mode, [65535])
-    top = next((r for r in ranges if largest <= r), largest)
-    return np.rint(np.clip(values, 0, None) * (255 / top)).astype(np.uint8)
+    if mode == "F":
+        levels = next((top for top in (1, 255, ALL_LEVELS) if largest <= top), largest)
+    elif largest > ALL_LEVELS:
+        levels = largest
+    elif mode == "I" and levels == ALL_LEVELS and largest <= 255:
+        levels = 255
+    return np.rint(np.clip(values * (255 / levels), 0, 255)).astype(np.uint8)
 
 
 def reason(error):
     """What Pillow or the system have against a file, without its name."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
-    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    if isinstance(error, (OSError, ValueError, SyntaxError, Image.DecompressionBombError)):  # what Pillow documents
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -5,6 +5,7 @@
 """
 
 import colorsys
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 from engine.chance import numpy_generator
+from engine.dataset import read_file, reason, upright
+from engine.files import UserError
 
 SWATCH = 8  # a decoy's side is an eighth of the image's
 
@@ -73,6 +76,23 @@ def trimap(dataset, indices, pixels):
     return torch.from_numpy(np.stack(masks)).to(pixels.device)
 
 
+def beside(dataset, indices, pixels):
+    """Of class folders with masks beside their images: what is brighter than half of the mask's brightest, at least 1.
+
+    An image's masks are joined. UserError names one that cannot be read.
+    """
+    masks, size = torch.zeros(len(indices), *pixels.shape[2:], dtype=torch.bool), pixels.shape[-1]
+    for mask, index in zip(masks, indices):
+        for name in dataset.masks[dataset.ids[index]]:
+            try:
+                grey = upright(Image.open(io.BytesIO(read_file(dataset.root / name)))).convert("L")
+            except Exception as error:  # Pillow's plugins raise anything
+                raise UserError(f"{dataset.root / name}: cannot be read as a mask ({reason(error)})") from None
+            grey = np.asarray(grey.resize((size, size), Image.Resampling.NEAREST))
+            mask |= torch.from_numpy(grey > max(1, grey.max()) / 2)
+    return masks.to(pixels.device)
+
+
 MASKS = {"digits": ink, "noisy_digits": ink, "pets": trimap}
 
 
@@ -83,5 +103,6 @@ def masks_of(dataset, indices, pixels):
     """
     if dataset.decoy is not None:
         return "swatch", dataset.decoy.mask(indices, pixels.shape[-1]).to(pixels.device)
-    mask = MASKS[dataset.name](dataset, indices, pixels) if dataset.name in MASKS else None
+    find = beside if dataset.masks else MASKS.get(dataset.name)
+    mask = find and find(dataset, indices, pixels)
     return (None, None) if mask is None else ("object", mask)

@@ -1,5 +1,8 @@
 """What is shown of a run while it runs: a progress bar where the output is a terminal, and a line per epoch."""
 
+import logging
+import os
+import sys
 import time
 
 from rich.console import Console
@@ -9,6 +12,21 @@ from engine import ranks
 
 SECONDS = 0.5  # the display asks for the device's counts this often
 console = Console(highlight=False, quiet=ranks.RANK > 0)
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it tells of a cache folder that cannot be written
+
+
+def use_any_console():
+    """Write what the console's encoding lacks as \\uNNNN, and nothing where there is no console: call this first."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: else the next file that is opened had its number, and would get what is printed
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif mode == "w" and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def progress(batches, text):

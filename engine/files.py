@@ -30,6 +30,11 @@ def one_line(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def readable(name):
+    """A name whose bytes are not UTF-8 with these as \\xNN, for pictures."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def nearest(word, known):
     """". Did you mean 'x'?" for the known word that is most like this one; "" where none is."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], 1, 0.5)

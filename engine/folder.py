@@ -65,7 +65,8 @@ def open_run(folder):
     where, split_file = str(folder / "config.json"), folder / "split.json"
     config = modernised(files.read_json(where), where)
     entries = {"dataset_entry": settings.dataset, "model_entry": settings.MODEL}
-    settings.check(config, {"format": int, **settings.SETTINGS, **entries}, where)
+    levels = settings.Setting(int, "", "", 255, 65535)  # `Dataset.levels`, where they are fewer
+    settings.check(config, {"format": int, "levels?": levels, **settings.SETTINGS, **entries}, where)
     try:
         settings.check_agreement(config, {})
     except UserError as error:

@@ -13,8 +13,9 @@ import torch
 
 import data
 from engine import before, cache, checkpoint, files, fit, folder, network, pictures, ranks, settings
+from engine.dataset import ALL_LEVELS
 from engine.decoy import draw_decoy
-from engine.display import console
+from engine.display import console, use_any_console
 from engine.files import UserError
 from engine.settings import SETTINGS, option
 from engine.split import PARTS, make_split
@@ -51,6 +52,7 @@ def program(name):
     def decorate(main):
         @functools.wraps(main)
         def inner(arguments=None):
+            use_any_console()
             try:
                 main(arguments)
             except UserError as error:
@@ -126,7 +128,7 @@ def start(options, dry_run, show_sheet, train):
     device = network.pick_device(config["device"])
     config["amp"] = network.pick_amp(config["amp"], device)  # a run goes on in what it began with
     network.set_switches(config, device)
-    dataset, skipped = data.load_dataset(config), []
+    dataset, skipped = say_what_is_left_out(config, data.load_dataset(config)), []
     split = the_split(config, dataset)  # fails before every image is opened
     if config["reweight"]:
         before.run_before(config, "reweight", dataset.classes)
@@ -136,6 +138,9 @@ def start(options, dry_run, show_sheet, train):
     if not dry_run:
         dataset, skipped = usable(config, dataset)
         split = the_split(config, dataset) if skipped else split
+    if dataset.levels < ALL_LEVELS:
+        config["levels"] = dataset.levels
+        text += f"\nimages of 16 bits hold values up to {dataset.levels} at most, which becomes white"
     split = {"classes": dataset.classes, "fingerprint": dataset.fingerprint, **split,
              "skipped": [image_id for image_id, _, _ in skipped]}
     if config["decoy"]:
@@ -162,6 +167,19 @@ def start(options, dry_run, show_sheet, train):
     cache.keep_digests(dataset)
     console.print(f"{path}: {text}", markup=False, soft_wrap=True)
     return Ready(config, path, dataset, split, model, device)
+
+
+def say_what_is_left_out(config, dataset):
+    """Print a dataset's notes, and return it; UserError where a class would be lost that nobody left out."""
+    lost = ", ".join(f"{name} ({there})" for name, there in list(dataset.lost.items())[:5]) \
+        + ", …" * (len(dataset.lost) > 5)
+    if lost and config["classes"] is None and not config["skip_bad"]:
+        raise UserError(f"dataset {dataset.name}: {len(dataset.lost)} class folders in {dataset.root} hold no image: "
+                        f"{lost}. Put images there, as .jpg or .png; or leave them out with --skip-bad, or name the "
+                        "other classes with --classes")
+    for note in [f"--skip-bad leaves out the classes {lost}"] * bool(lost) + dataset.notes:
+        console.print(files.one_line(f"dataset {dataset.name}: {note}"), markup=False, soft_wrap=True)
+    return dataset
 
 
 def usable(config, dataset):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from engine.chance import numpy_generator
-from engine.dataset import UNREADABLE, Names, read_file, reason, to_rgb
+from engine.dataset import Names, is_deep, largest_value, read_file, reason, to_rgb
 from engine.decoy import swatch
 from engine.files import UserError
 
@@ -43,14 +43,14 @@ class Decoded(torch.utils.data.Dataset):
         """uint8 [size, size, 3]. Raises UserError naming what cannot be read, or has changed since it was listed."""
         index = int(self.indices[position])
         try:
-            return to_rgb(self._open(index, position), self.size)
-        except UNREADABLE as error:
+            return to_rgb(self._open(index, position), self.size, self.dataset.levels)
+        except Exception as error:  # Pillow's plugins raise anything
             raise UserError(f"{self.dataset.where(index)}: cannot be read as an image ({reason(error)})") from None
 
     def _open(self, index, position):
         if not isinstance(self.dataset.images, Names):
             return self.dataset.open(index)
-        content = read_file(self.dataset.images[index], self.dataset.root)
+        content = read_file(self.dataset.images[index])
         digest = hashlib.blake2b(content, digest_size=16).digest()
         if self.digests is not None and digest != self.digests[position].tobytes():
             raise OSError("its content has changed since the dataset was listed; put it back")
@@ -58,19 +58,22 @@ class Decoded(torch.utils.data.Dataset):
 
 
 class Checked(Decoded):
-    """As Decoded: (uint8 array [size, size, 3], None), or (None, what is wrong with it)."""
+    """As Decoded: (uint8 array [size, size, 3], None, `largest_value` or 0), or (None, what is wrong with it, 0)."""
 
     def __getitem__(self, position):
         try:
-            return to_rgb(self._open(int(self.indices[position]), position), self.size), None
-        except UNREADABLE as error:
-            return None, reason(error)
+            image = self._open(int(self.indices[position]), position)
+            deep, pixels = is_deep(image), to_rgb(image, self.size, self.dataset.levels)
+            return pixels, None, largest_value(image) if deep else 0
+        except Exception as error:  # Pillow's plugins raise anything
+            return None, reason(error), 0
 
     @staticmethod
     def collate(items):
-        """A batch: uint8 tensor [those that can be read, size, size, 3], and for all what is wrong or None."""
-        images = [image for image, wrong in items if wrong is None]
-        return torch.from_numpy(np.stack(images)) if images else None, [wrong for _, wrong in items]
+        """A batch: uint8 tensor [those that can be read, size, size, 3]; for all what is wrong or None; the largest."""
+        images = [image for image, wrong, _ in items if wrong is None]
+        pixels = torch.from_numpy(np.stack(images)) if images else None
+        return pixels, [wrong for _, wrong, _ in items], max(largest for *_, largest in items)
 
 
 class Order:

@@ -4,20 +4,24 @@ Colours are those of viridis and cividis, which grow evenly in lightness and whi
 """
 
 import contextlib
+import functools
 import math
 import warnings
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 import cam
 import proxy
 from engine import before, chance, files, loader, metrics, network, predict
-from engine.dataset import UNREADABLE, to_rgb
+from engine.dataset import ALL_LEVELS, reason, to_rgb, upright
+from engine.files import readable
 
 HEAT_COLOURS = colormaps["viridis"]
 SHEET_IMAGES = 8  # in two rows of four
@@ -27,10 +31,31 @@ NAMES = {"parse_math": False}  # of texts that hold names: a dollar sign would s
 
 
 def save_figure(figure, path):
-    """Write a figure as PNG: a complete file or none."""
+    """Write a figure as PNG: a complete file or none. Letters come from any font of this machine that has them."""
+    texts = figure.findobj(Text)
+    fonts = fonts_with(frozenset("".join(text.get_text() for text in texts)))
+    for text in texts if fonts else ():
+        text.set_fontfamily([*text.get_fontfamily(), *fonts])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for letters that no font has
         files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+@functools.cache
+def fonts_with(characters):
+    """Families of fonts that have these characters, as far as DejaVu Sans lacks them: those with most of them first."""
+    own = FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    missing = {ord(c) for c in characters} - own.keys() - {ord("\n")}
+    has, chosen = {}, []
+    for entry in font_manager.fontManager.ttflist if missing else ():
+        with contextlib.suppress(RuntimeError, OSError):  # of fonts that only have pictures, as of emoji, or are damaged
+            font = FT2Font(entry.fname)
+            if font.scalable and "Last Resort" not in entry.name:  # which has a box for every letter there is
+                has[entry.name] = has.get(entry.name, set()) | missing & font.get_charmap().keys()
+    while has and (best := max(has, key=lambda name: len(has[name] & missing))) and has[best] & missing:
+        chosen.append(best)
+        missing -= has.pop(best)
+    return chosen
 
 
 def panels(width, height, rows, columns):
@@ -55,6 +80,7 @@ def shown(images, mean, std):
 
 def draw_confusion(folder, labels, logits, classes):
     """`confusion.png`: the share of each true class that was predicted as each class; counts where they can be read."""
+    classes = list(map(readable, classes))
     counts = confusion_matrix(labels, logits.argmax(1), labels=np.arange(len(classes)))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(14, 4 + 0.3 * len(classes))
@@ -138,7 +164,8 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
         for axes, picture in zip(below, triple):
             axes.imshow(picture, interpolation="nearest")
         kind = "right, but unsure" if predicted[i] == labels[i] else "misled"
-        below[0].set_title(f"{kind}\ntrue {dataset.classes[labels[i]]}\npredicted {dataset.classes[predicted[i]]} "
+        true, chosen = readable(dataset.classes[labels[i]]), readable(dataset.classes[predicted[i]])
+        below[0].set_title(f"{kind}\ntrue {true}\npredicted {chosen} "
                            f"({confidence[i]:.2f})", fontsize=9, **NAMES)
     save_figure(figure, folder / "sheet.png")
 
@@ -170,7 +197,8 @@ def draw_space(config, model, dataset, split, device):
             if masks is not None and 0 < masks[place].mean() < 1:
                 axes.contour(masks[place], levels=[0.5], colors=[OUTLINE], linewidths=0.6)
     for axes, label, predicted in zip(grid[0, 1:], labels[rows].tolist(), logits[rows].argmax(1).tolist()):
-        axes.set_title(f"true {dataset.classes[label]}\npredicted {dataset.classes[predicted]}", fontsize=7, **NAMES)
+        text = f"true {dataset.classes[label]}\npredicted {dataset.classes[predicted]}"
+        axes.set_title(readable(text), fontsize=7, **NAMES)
     path = files.make_folder(config["out"]) / f"{config['name'] or config['dataset']}-show.png"
     save_figure(figure, path)
     return path
@@ -206,10 +234,10 @@ def draw_heats(path, file, model, config, classes, methods):
     mean, std = (t.to(device) for t in network.normalisation(config, model))
     try:
         image = Image.open(file)
-        pixels = to_rgb(image, size)
-    except UNREADABLE as error:
-        raise files.UserError(f"--image {file}: cannot be read as an image ({error})") from None
-    upright = ImageOps.exif_transpose(image)
+        pixels = to_rgb(image, size, config.get("levels", ALL_LEVELS))
+        width, height = upright(image).size
+    except Exception as error:  # Pillow's plugins raise anything
+        raise files.UserError(f"--image {file}: cannot be read as an image ({reason(error)})") from None
     with contextlib.ExitStack() as blocks:
         try:
             heats = [blocks.enter_context(cam.CAM(model, method, None if method in cam.ATTENTION else config["layer"]))
@@ -223,10 +251,10 @@ def draw_heats(path, file, model, config, classes, methods):
     predicted = [f"{classes[c]} ({p:.2f})" for c, p in zip(best.tolist(), confidence.tolist())]
     pictures = [pixels / 255] + [overlay(pixels / 255, heat) for heat in heats]
     titles = ["\n".join([file.name, *predicted])] + [f"{method}\n{predicted[0]}" for method in methods]
-    columns, aspect = min(5, len(pictures)), upright.height / upright.width
+    columns, aspect = min(5, len(pictures)), height / width
     rows = math.ceil(len(pictures) / columns)
     figure, grid = panels(3 * columns, (3 * min(2, aspect) + 0.9) * rows, rows, columns)
     for axes, picture, title in zip(grid.flat, pictures, titles):
         axes.imshow(picture, aspect=aspect)  # the network saw a square; people see the image
-        axes.set_title(title, fontsize=9, **NAMES)
+        axes.set_title(readable(title), fontsize=9, **NAMES)
     save_figure(figure, path)

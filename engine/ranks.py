@@ -143,8 +143,8 @@ def share_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-class Stopped(Exception):
-    """A signal ended the run; `signal` is its number."""
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; `signal` is its number. No Exception, for which a broken image would be blamed."""
 
     def __init__(self, number):
         super().__init__(number)

@@ -215,7 +215,8 @@ def write_where(path, methods, layer=None, device=torch.device("cpu"), misled=Fa
         name, mask = decoy.masks_of(opened.dataset, places, pixels)
         if mask is None and not misled:
             raise UserError(f"--where {path}: nothing is known of where the object is in {run.config['dataset']}; it "
-                            f"is for runs with --decoy, and for {', '.join(decoy.MASKS)}. --misled needs no such mask")
+                            f"is for runs with --decoy, for {', '.join(decoy.MASKS)}, and for class folders with "
+                            "masks/ beside images/. --misled needs no such mask")
         try:
             parts.append(faithfulness.where(opened.model, images, classes, mask, methods, layer,
                                             (run.config["seed"], number) if misled else None))

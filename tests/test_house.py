@@ -20,8 +20,8 @@ ORDER = [
     *(f"engine.{name}" for name in ("experiment", "launch", "fit", "training", "pictures", "before", "predict",
                                     "metrics", "folder", "costs", "checkpoint", "network", "settings", "display")),
     "proxy", "cam", "data",
-    *(f"engine.{name}" for name in ("hooks", "erasing", "policies", "cache", "loader", "dataset", "decoy", "split",
-                                    "ranks", "chance", "files")),
+    *(f"engine.{name}" for name in ("hooks", "erasing", "policies", "classes", "cache", "loader", "decoy",
+                                    "dataset", "split", "ranks", "chance", "files")),
 ]
 
 
