@@ -1,6 +1,5 @@
 """What is shown of a run while it runs: a progress bar where the output is a terminal, and a line per epoch."""
 
-import logging
 import os
 import sys
 import time
@@ -13,7 +12,6 @@ from engine import ranks
 SECONDS = 0.5  # the display asks for the device's counts this often
 console = Console(highlight=False, quiet=ranks.RANK > 0)
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # or it tells of a cache folder that cannot be written
 
 
 def use_any_console():

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import logging
 import os
 import platform
 import threading
@@ -15,6 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its own cache may be closed to it: that is nobody's business
 
 
 class UserError(Exception):

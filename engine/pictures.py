@@ -48,7 +48,7 @@ def fonts_with(characters):
     missing = {ord(c) for c in characters} - own.keys() - {ord("\n")}
     has, chosen = {}, []
     for entry in font_manager.fontManager.ttflist if missing else ():
-        with contextlib.suppress(RuntimeError, OSError):  # of fonts that only have pictures, as of emoji, or are damaged
+        with contextlib.suppress(RuntimeError, OSError):  # some are damaged, or have pictures alone, as of emoji
             font = FT2Font(entry.fname)
             if font.scalable and "Last Resort" not in entry.name:  # which has a box for every letter there is
                 has[entry.name] = has.get(entry.name, set()) | missing & font.get_charmap().keys()
