@@ -20,7 +20,8 @@ PART_OF_FOLDER = {"train": "train", "training": "train", "val": "val", "valid": 
                   "test": "test", "testing": "test"}
 UNLABELLED = re.compile("(?:.*[^a-z])?(?:test|testing|val|valid|validation|unlabell?ed)(?:[^a-z].*)?", re.I | re.S)
 MOST_OUTSIDE = 0.05  # of all images may be in no class folder elsewhere
-NO_DATA = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini")
+NO_DATA = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini",
+           "__pycache__")  # what systems leave anywhere
 TEXTS = {".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".py", ".ipynb"}
 IMAGE_FOLDERS = {"image", "images", "img", "imgs"}
 MASK_FOLDERS = {"mask", "masks", "segmentation", "segmentations", "ground_truth", "groundtruth", "gt", "annotation",
@@ -94,6 +95,8 @@ def kinds(names):
 def contents(tree):
     """What lies in a folder, or in the first below it that holds more than one folder, for messages."""
     files, top = [*tree.images, *tree.others], ()
+    if tree.folders[()]:
+        return f"nothing that can be read ({tree.folders[()]})"
     while True:
         below = sorted(folder for folder in tree.folders if len(folder) == len(top) + 1 and folder[:-1] == top)
         beside = [file for inside, file in files if inside == top]
@@ -144,13 +147,18 @@ def class_parents(with_images):
 def mask_images(images):
     """{mask: its image, or None}, each (folder, file): what lies in masks/ beside images/ or beside the images
     themselves, under the same names; and X_mask.png beside X.png."""
-    stems = {(inside, os.path.splitext(file)[0]): (inside, file) for inside, file in images}
-    every = {folder[:n] for folder, _ in images for n in range(1, len(folder) + 1)}
+    holding = {inside for inside, _ in images}
+    named = {inside for inside in holding if any(name.lower() in MASK_FOLDERS for name in inside)}
+    maybe = [(inside, file) for inside, file in images if inside in named or MASK_FILE.fullmatch(_stem(file))]
+    if not maybe:
+        return {}
+    stems = {(inside, _stem(file)): (inside, file) for inside, file in images}
+    every = {folder[:n] for folder in holding for n in range(1, len(folder) + 1)}
     beside = {folder[:-1]: folder for folder in every if folder[-1].lower() in IMAGE_FOLDERS}
     masks = {}
-    for inside, file in images:
-        stem = os.path.splitext(file)[0]
-        named = match[1] if (match := MASK_FILE.fullmatch(stem)) else stem
+    for inside, file in maybe:
+        stem = _stem(file)
+        short = match[1] if (match := MASK_FILE.fullmatch(stem)) else stem
         places = [inside] if match else []
         for n, name in enumerate(inside):
             if name.lower() in MASK_FOLDERS:
@@ -158,11 +166,15 @@ def mask_images(images):
                 places.append((*beside.get(above, above), *below))
                 if above in beside:
                     masks[inside, file] = None
-        image = next((stems[key] for place in places for key in ((place, stem), (place, named))
+        image = next((stems[key] for place in places for key in ((place, stem), (place, short))
                       if key in stems and key != (inside, stem)), None)
         if image:
             masks[inside, file] = image
     return masks
+
+
+def _stem(file):
+    return os.path.splitext(file)[0]
 
 
 def find(name, tree):
@@ -213,8 +225,9 @@ def _listed(tree, folders):
 def _is_unlabelled(folder, parts):
     """Whether this is of a part that lies flat, as the test part of a competition, beside one to train on."""
     part = part_of(folder)
+    own = {top[:n] for top in parts.values() for n in range(1, len(top) + 1)}
     return ({None, "train"} & parts.keys() and part != "train" and part not in parts.keys() - {None}
-            and any(map(UNLABELLED.fullmatch, folder)))
+            and any(UNLABELLED.fullmatch(name) for n, name in enumerate(folder) if folder[:n + 1] not in own))
 
 
 def _sort_out(tree, images, parts):

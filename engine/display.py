@@ -13,7 +13,6 @@ SECONDS = 0.5  # the display asks for the device's counts this often
 console = Console(highlight=False, quiet=ranks.RANK > 0)
 
 
-
 def use_any_console():
     """Write what the console's encoding lacks as \\uNNNN, and nothing where there is no console: call this first."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
