@@ -88,7 +88,8 @@ def walk(root):
 
 def kinds(names):
     """How many files there are of which ending, as "8 .heic, 2 without ending"."""
-    counts = Counter(os.path.splitext(name)[1].lower() or "without ending" for name in names).most_common()
+    counts = Counter(os.path.splitext(name)[1].lower() or "without ending" for name in names)
+    counts = sorted(counts.items(), key=lambda kind: (-kind[1], kind[0]))
     return ", ".join([f"{count} {kind}" for kind, count in counts[:4]] + ["…"] * (len(counts) > 4))
 
 
@@ -144,17 +145,15 @@ def class_parents(with_images):
     return []
 
 
-def mask_images(images):
+def mask_images(tree):
     """{mask: its image, or None}, each (folder, file): what lies in masks/ beside images/ or beside the images
     themselves, under the same names; and X_mask.png beside X.png."""
-    holding = {inside for inside, _ in images}
-    named = {inside for inside in holding if any(name.lower() in MASK_FOLDERS for name in inside)}
-    maybe = [(inside, file) for inside, file in images if inside in named or MASK_FILE.fullmatch(_stem(file))]
+    named = {inside for inside in tree.folders if any(name.lower() in MASK_FOLDERS for name in inside)}
+    maybe = [(inside, file) for inside, file in tree.images if inside in named or MASK_FILE.fullmatch(_stem(file))]
     if not maybe:
         return {}
-    stems = {(inside, _stem(file)): (inside, file) for inside, file in images}
-    every = {folder[:n] for folder in holding for n in range(1, len(folder) + 1)}
-    beside = {folder[:-1]: folder for folder in every if folder[-1].lower() in IMAGE_FOLDERS}
+    stems = {(inside, _stem(file)): (inside, file) for inside, file in tree.images}
+    beside = {folder[:-1]: folder for folder in tree.folders if folder and folder[-1].lower() in IMAGE_FOLDERS}
     masks = {}
     for inside, file in maybe:
         stem = _stem(file)
@@ -183,7 +182,7 @@ def find(name, tree):
     The class folders' parent is the shallowest folder that holds at least two folders with images in them; of several,
     each is a part of its own. Every image below a class folder, however deep, belongs to that class. Raises UserError.
     """
-    masks = mask_images(tree.images)
+    masks = mask_images(tree)
     images = [image for image in tree.images if image not in masks]
     tops = class_parents({inside for inside, _ in images})
     if not tops:

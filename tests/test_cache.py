@@ -182,10 +182,10 @@ def test_what_changed_is_noticed_and_nothing_else_is_read_again(asl, tmp_path, c
 def test_a_file_that_could_not_be_read_is_hashed_again_next_time(asl, tmp_path, hashed, monkeypatch):
     real = cache.read_file
 
-    def unreadable(path, root):
+    def unreadable(path):
         if path.endswith("B3.jpg"):
             raise OSError("stale file handle")
-        return real(path, root)
+        return real(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "read_file", unreadable)

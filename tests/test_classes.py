@@ -39,7 +39,7 @@ def noted(dataset, *words):
 
 
 @pytest.mark.parametrize("used, again", [
-    ("Set", "set/Set"), ("", "Set"), ("x/Set", "x/Set/Set"), ("a", "b"), ("x", "x/more/deeper")])
+    ("Set", "set/Set"), ("", "Set"), ("x/Set", "x/Set/Set"), ("a", "b"), ("x", "y/more/x")])
 def test_the_same_class_folders_a_second_time_count_once_and_a_line_names_those_that_are_used(used, again, tmp_path):
     place_classes(tmp_path / used)
     shutil.copytree(tmp_path / used, tmp_path.parent / "copy")
@@ -157,7 +157,7 @@ def test_files_that_are_no_images_are_counted_by_their_ending_and_named(tmp_path
     place(tmp_path, "A/1.heic", "A/2.HEIC", "B/deep/IMG_3", "B/Thumbs.db", "B/.DS_Store", "notes/a.txt", "README.md")
     found = load("folder", tmp_path)
     assert not found.lost and found.classes == ["A", "B"] and len(found.notes) == 1
-    note = noted(found, "4 files in class folders are left out", "(2 .heic, 1 without ending, 1 .txt)")
+    note = noted(found, "4 files in class folders are left out", "(2 .heic, 1 .txt, 1 without ending)")
     assert note.endswith(f"the first {tmp_path}/A/1.heic")
 
 
