@@ -160,6 +160,7 @@ def test_colours_of_16_bits_are_not_left_dark(tmp_path):
 
 def test_bmp_images_of_5_bits_a_colour_are_not_taken_for_ones_of_16_bits():
     rows = b"".join(struct.pack("<4H", *[31 << 10, 31 << 5, 31, 0]) for _ in range(4))
-    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54 + len(rows), 0, 0, 54, 40, 4, 4, 1, 16, 0, len(rows), 0, 0, 0, 0)
+    sizes = 54 + len(rows), 0, 0, 54, 40, 4, 4, 1, 16, 0, len(rows), 0, 0, 0, 0
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", *sizes)
     image = Image.open(io.BytesIO(header + rows))
     assert not is_deep(image) and to_rgb(image, 4, 1023)[0, 0].tolist() == [255, 0, 0]

@@ -1,11 +1,15 @@
 """engine/decoy.py: a planted shortcut that gives the class away, and lies in the test."""
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
+from test_classes import place
 from test_data import STRATIFIED, load
 
 from engine.dataset import Pixels, to_rgb
-from engine.decoy import draw_decoy
+from engine.decoy import draw_decoy, masks_of
+from engine.files import UserError
 from engine.loader import Batches
 from engine.split import make_split
 
@@ -44,3 +48,21 @@ def test_batches_show_each_images_square_in_its_corner_and_change_nothing_else()
         rows = shuffled.indices[positions]
         for image, inside, row in zip(images, decoy.mask(rows, 32), rows):
             assert (image[:, inside].T.numpy() == decoy.colours[row]).all()
+
+
+def test_masks_beside_images_show_where_the_object_is(tmp_path):
+    place(tmp_path, *(f"{name}/{i}.png" for name in ("cyst", "well") for i in range(2)))
+    for name, rows, white in (("cyst/0_mask", slice(0, 4), 255), ("cyst/0_mask_1", slice(0, 8), 1),
+                              ("cyst/1_mask", slice(8, 12), 200), ("well/0_mask", slice(0), 255),
+                              ("well/1_mask", slice(16), 255)):
+        grey = np.zeros((16, 16), np.uint8)
+        grey[rows, :8] = white
+        Image.fromarray(grey).save(tmp_path / f"{name}.png")
+    found, pixels = load("folder", tmp_path), torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    assert found.ids == ["cyst/0.png", "cyst/1.png", "well/0.png", "well/1.png"]
+    name, mask = masks_of(found.without(["well/1.png"]), np.arange(3), pixels[:3])
+    assert name == "object" and mask[0, :16, :16].all() and mask[1, 16:24, :16].all()
+    assert mask.flatten(1).sum(1).tolist() == [256, 128, 0]
+    (tmp_path / "well" / "1_mask.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="1_mask.png: cannot be read as a mask \\(not an image\\)"):
+        masks_of(found, np.arange(4), pixels)

@@ -5,23 +5,29 @@ writes outside its folder.
 """
 
 import functools
+import hashlib
 import io
 import os
 import shutil
+import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
-from conftest import draw_classes, draw_letter
+import torch
+from conftest import draw_classes, draw_letter, quickly
+from fontTools import fontBuilder
+from fontTools.pens import ttGlyphPen
 from PIL import Image
 from test_data import load
 from test_faults import error_line
 
 import train
-from engine import cache, files, predict
+from engine import cache, display, files, loader, pictures, predict, ranks
 from engine.dataset import Dataset, Names, to_rgb
 from engine.folder import open_run
-from engine.loader import Checked
+from engine.loader import Batches, Checked
 from engine.split import PARTS
 
 TINY = ("--dataset", "folder", "--model", "test_resnet", "--no-pretrained", "--image-size", "32", "--epochs", "1",
@@ -132,7 +138,8 @@ def test_bad_images_are_all_found_before_training_and_listed_or_left_out(keep, m
     assert set(opened.split["skipped"]) == bad
     assert files.read_json(opened.folder / "metrics.json")["skipped_images"] == len(bad)
     used = {image_id for part in PARTS for image_id in opened.split[part]}
-    assert used == {f"A/{name}" for name in (*GOOD, "outside.jpg")} | {f"{c}/{c}{i}.jpg" for c in "AB" for i in range(1, 13)}
+    letters = {f"{c}/{c}{i}.jpg" for c in "AB" for i in range(1, 13)}
+    assert used == {f"A/{name}" for name in (*GOOD, "outside.jpg")} | letters
     assert (opened.folder / "bad-images.txt").read_bytes() == (tmp_path / "runs" / "bad-images.txt").read_bytes()
 
     monkeypatch.setattr(cache, "_decode_all", None)  # a resumed run knows, and decodes them no more
@@ -261,3 +268,136 @@ def test_nested_folders_belong_to_their_class(tmp_path):
     draw_classes(tmp_path / "x" / "y" / "A" / "more" / "and more", "BC", 5)
     found = load("folder", tmp_path)
     assert found.classes == ["A", "B"] and np.bincount(found.labels).tolist() == [15, 5]
+
+
+# --- whatever Pillow and its plugins raise -------------------------------------------------------------------------
+
+
+RAISED = [RuntimeError("Failed to decode frame 0"), TypeError("a float is required"), struct.error("unpack requires"),
+          KeyError(274), ZeroDivisionError("division by zero"), OverflowError(), MemoryError(), EOFError("no more"),
+          AssertionError(), AttributeError("no attribute"), UserWarning("Corrupt EXIF data"), NotImplementedError()]
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_an_image_at_which_anything_is_raised_is_a_bad_image(error, tmp_path, monkeypatch):
+    draw_classes(tmp_path, "AB", 2)
+    found, opened = load("folder", tmp_path), Image.open
+
+    def open_image(file, *arguments):
+        image = opened(file, *arguments)
+        if hashlib.blake2b(file.getvalue(), digest_size=16).hexdigest() == found.digests[2]:
+            image.load = functools.partial(throw, error)
+        return image
+
+    monkeypatch.setattr(Image, "open", open_image)
+    (index, wrong), = cache.check_images(found, {"image_size": 16, "cache": "off", "workers": 0}).items()
+    assert index == 2 and wrong == f"{type(error).__name__}: {error}".removesuffix(": ")
+    with pytest.raises(files.UserError, match="B1.jpg: cannot be read as an image"):
+        list(Batches(found, found.ids, 16, 4, torch.device("cpu")))
+
+
+def throw(error):
+    raise error
+
+
+def test_an_error_of_a_decoder_in_a_worker_names_the_image_and_is_not_taken_for_the_workers_death(tmp_path, monkeypatch,
+                                                                                                 capsys):
+    draw_classes(tmp_path, "AB", 2)
+    found = load("folder", tmp_path)
+    monkeypatch.setattr(loader, "to_rgb", lambda *arguments: throw(RuntimeError("decoder failed")))
+    with pytest.raises(files.UserError, match=r"A1.jpg: cannot be read as an image \(RuntimeError: decoder failed\)$"):
+        list(Batches(found, found.ids, 16, 4, torch.device("cpu"), workers=1))
+    for text in ("(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly", "process 0"):
+        error = RuntimeError(f"DataLoader worker {text}")
+        monkeypatch.setattr(train.launch, "parse", lambda *arguments, error=error: throw(error))
+        if "pid" in text:
+            assert train.main([]) == 2 and "decodes images was killed" in error_line(capsys)
+        else:
+            with pytest.raises(RuntimeError, match="process 0"):
+                train.main([])
+
+
+def test_a_signal_while_an_image_is_decoded_is_not_taken_for_a_broken_image(tmp_path, monkeypatch):
+    draw_classes(tmp_path, "AB", 2)
+    found = load("folder", tmp_path)
+    monkeypatch.setattr(loader, "to_rgb", lambda *arguments: throw(ranks.Stopped(15)))
+    with pytest.raises(ranks.Stopped):
+        cache.check_images(found, {"image_size": 16, "cache": "off", "workers": 0})
+
+
+# --- consoles and letters ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding, printed", [
+    ("ascii", r"caf\udce9 \u732b \xe9"), ("cp1252", r"caf\udce9 \u732b é"), ("utf-8", "caf\\udce9 猫 é")])
+def test_names_are_printed_on_any_console(encoding, printed, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    display.use_any_console()
+    print("caf\udce9 猫 é")
+    display.Console(file=stream).print("caf\udce9 猫 é", markup=False)
+    stream.flush()
+    assert stream.buffer.getvalue().decode(encoding).splitlines() == [printed] * 2
+
+
+def print_without_a_console(path):
+    """In a process of its own: its standard files are closed, as by a service that starts it."""
+    for number in (0, 1, 2):
+        os.close(number)
+    sys.stdin = sys.stdout = sys.stderr = None
+    display.use_any_console()
+    with open(path, "w") as file:
+        print("on the console")
+        os.write(1, b"from a library in C")
+        display.console.print("on the console")
+        file.write(f"{file.fileno() > 2}")
+
+
+def test_without_any_console_nothing_is_printed_into_a_file_that_is_opened_next(tmp_path):
+    process = quickly.Process(target=print_without_a_console, args=(tmp_path / "file",))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and (tmp_path / "file").read_text() == "True"
+
+
+@pytest.mark.pictures
+def test_class_folders_in_latin_1_train_to_the_end_and_are_drawn(tmp_path, capsys):
+    for name in (b"caf\xe9", b"th\xe9 \xff", "犬".encode()):
+        draw_classes(tmp_path / "x", "A", 5)
+        (tmp_path / "x" / "A").rename(tmp_path / "x" / os.fsdecode(name))
+        for image in (tmp_path / "x" / os.fsdecode(name)).iterdir():
+            image.write_bytes(image.read_bytes() + name)
+    arguments = [*TINY, "--data-dir", str(tmp_path / "x"), "--out", str(tmp_path / "runs")]
+    assert train.main([*arguments, "--dry-run"]) == 0 and train.main(arguments) == 0
+    assert open_run(tmp_path / "runs" / "run").split["classes"] == ["caf\udce9", "th\udce9 \udcff", "犬"]
+    assert (tmp_path / "runs" / "run" / "confusion.png").exists() and (tmp_path / "runs" / "run" / "sheet.png").exists()
+    assert not capsys.readouterr().err and files.readable("caf\udce9") == "caf\\xe9"
+
+
+def test_letters_are_drawn_in_a_font_of_this_machine_that_has_them(tmp_path, monkeypatch):
+    """Here one is made that has a single character, a black square."""
+    builder, pen = fontBuilder.FontBuilder(1000, isTTF=True), ttGlyphPen.TTGlyphPen(None)
+    for step, corner in zip((pen.moveTo, pen.lineTo, pen.lineTo, pen.lineTo), ((0, 0), (0, 900), (900, 900), (900, 0))):
+        step(corner)
+    pen.closePath()
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    builder.setupGlyf({".notdef": ttGlyphPen.TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (900, 0), "cat": (900, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "squares.ttf")
+    labels, logits, dark = np.array([0, 1]), np.eye(2), []
+    for _ in range(2):
+        pictures.fonts_with.cache_clear()
+        pictures.draw_confusion(tmp_path, labels, logits, ["猫" * 5, "dog"])
+        dark.append(int((np.asarray(Image.open(tmp_path / "confusion.png").convert("L")) < 60).sum()))
+        manager = pictures.font_manager.fontManager
+        monkeypatch.setattr(manager, "ttflist", list(manager.ttflist))
+        manager.addfont(tmp_path / "squares.ttf")
+        manager._findfont_cached.cache_clear()
+    assert pictures.fonts_with(frozenset("a猫")) == ["Squares"] and pictures.fonts_with(frozenset("aß\n")) == []
+    assert dark[1] > dark[0] + 600
+    pictures.fonts_with.cache_clear()
