@@ -233,8 +233,13 @@ def _sort_out(tree, images, parts):
     """({image: row of `Found`}, copies of these elsewhere, all other images): each image (folder, file)."""
     whole, depth = {top: part for part, top in parts.items()}, len(next(iter(parts.values())))
     rows, outside, folders, twins = {}, [], defaultdict(list), defaultdict(list)
+    # Among class folders `test` and `val` are parts, but `train` may be a vehicle.
+    names = {inside[depth] for inside, _ in images if len(inside) > depth and inside[:depth] in whole}
+    held_out = {name for name in names if None in parts and PART_OF_FOLDER.get(name.lower()) in ("val", "test")}
+    if len(names - held_out) < 2:
+        held_out = set()
     for inside, file in images:
-        if len(inside) > depth and inside[:depth] in whole:
+        if len(inside) > depth and inside[:depth] in whole and inside[depth] not in held_out:
             rows[inside, file] = "/".join((*inside, file)), inside[depth], whole[inside[:depth]], None
             folders[inside[:depth + 1]].append((inside, file))
             twins[inside[depth:], file].append((inside, file))
@@ -248,7 +253,6 @@ def _sort_out(tree, images, parts):
         with contextlib.suppress(OSError):
             return any(filecmp.cmp(tree.path(image), tree.path(twin)) for twin in there)
 
-    names = {folder[-1] for folder in folders}
     for folder, within in folders.items():  # a second copy of all class folders, among these
         if all(len(inside) > depth + 1 and inside[depth + 1] in names for inside, _ in within):
             again = [image for image in within if is_copy(image, depth + 1)]

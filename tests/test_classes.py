@@ -106,10 +106,11 @@ def test_images_to_train_on_that_lie_flat_are_refused(flat, tmp_path):
         load("folder", tmp_path)
 
 
-def test_a_folder_called_test_among_class_folders_counts_as_a_class_and_a_line_says_so(tmp_path):
-    place_classes(tmp_path, ["bus", "train", "ship"])
+def test_among_class_folders_test_is_a_part_without_classes_and_train_a_class_and_lines_say_so(tmp_path):
+    place_classes(tmp_path, ["bus", "train", "ship", "Test"])
     found = load("folder", tmp_path)
     assert found.classes == ["bus", "ship", "train"] and noted(found, "folder train counts as a class")
+    assert noted(found, "4 images of an unlabelled part are left out", f"{tmp_path}/Test/0.png")
 
 
 # Nothing vanishes without a word.
