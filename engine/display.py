@@ -15,14 +15,15 @@ console = Console(highlight=False, quiet=ranks.RANK > 0)
 
 def use_any_console():
     """Write what the console's encoding lacks as \\uNNNN, and nothing where there is no console: call this first."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # closed: else the next file that is opened had its number, and would get what is printed
             os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-        elif mode == "w" and hasattr(getattr(sys, name), "reconfigure"):
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 

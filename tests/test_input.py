@@ -215,7 +215,7 @@ def a_class_all_bad(root):
 
 def nested_one_class(root):
     draw_classes(root / "cat", "AB", 9)
-    draw_classes(root / "dog", "A", 9)
+    draw_classes(root / "dog", "C", 9)
 
 
 def two_datasets(root):
