@@ -6,16 +6,22 @@
 """
 
 import contextlib
+import http.client
 import os
 import re
 import urllib.error
 import urllib.request
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 import cam
 from engine.files import UserError, short_reason
+
+
+HUB_SECONDS = 10  # for an answer; the hub's own library tries for a minute
 
 
 def build_network(config, classes, pretrained=True):
@@ -27,7 +33,7 @@ def build_network(config, classes, pretrained=True):
     import timm
 
     name, arguments = config["model_entry"]["timm"], dict(config["model_entry"].get("arguments", {}))
-    known = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    known = pretrained_cfg(name)
     if known is not None and known.fixed_input_size:
         arguments["img_size"] = config["image_size"]
     weights = config["weights"] if pretrained else None
@@ -43,12 +49,22 @@ def build_network(config, classes, pretrained=True):
     except OSError as error:
         raise UserError(_no_hub(name, short_reason(error))) from None
     except Exception as error:  # networks raise every kind for sizes and arguments that they were not made for
+        if pretrained and _builds(name, arguments):
+            raise UserError(_no_hub(name, short_reason(error))) from None
         given = f" with {arguments}" if arguments else ""
         raise UserError(f"timm cannot build {name}{given}: {short_reason(error)}. Try another --image-size or "
                         "--model") from None
     if weights:
         text = load_weights(model, weights)
     return model, text
+
+
+def _builds(name, arguments):
+    """Whether timm builds the network where no weights are asked for."""
+    import timm
+
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return timm.create_model(name, **arguments) is not None
 
 
 def head_names(config, model, classes):
@@ -58,6 +74,19 @@ def head_names(config, model, classes):
     axes = {name: [i for i, (a, b) in enumerate(zip(tensor.shape, larger[name].shape)) if a != b]
             for name, tensor in model.state_dict().items()}
     return {name: axis[0] for name, axis in axes.items() if axis}
+
+
+def pretrained_cfg(name):
+    """What timm knows of a network's pretrained weights, or None. UserError for a tag in NAME.TAG that it lacks."""
+    import timm
+
+    try:
+        return timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError as error:
+        bare = name.split(".")[0]
+        there = timm.list_pretrained(f"{bare}.*")
+        raise UserError(f"model {name}: {short_reason(error).rstrip('.')}. timm has "
+                        f"{', '.join(there) or f'no pretrained weights for it: take {bare}'}") from None
 
 
 def _reach_hub(known, name):
@@ -72,72 +101,139 @@ def _reach_hub(known, name):
         return
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError(_no_hub(name, "HF_HUB_OFFLINE is set"))
+    address = huggingface_hub.constants.ENDPOINT
+    if not address.startswith(("https://", "http://")):
+        raise UserError(_no_hub(name, f"HF_ENDPOINT={address} has no scheme; expected an address as https://HOST"))
     try:
-        request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError as error:
-        raise UserError(_no_hub(name, getattr(error, "reason", error))) from None
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            raise UserError(_no_hub(name, f"{address} answers {error}")) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(_no_hub(name, f"{address}: {short_reason(getattr(error, 'reason', error))}")) from None
 
 
 def _no_hub(name, reason):
-    return (f"the pretrained weights of {name} cannot be fetched ({reason}). Give a local file with --weights FILE "
+    return (f"the pretrained weights of {name} cannot be had ({reason}). Give a local file with --weights FILE "
             "(.safetensors or .pth), or train from random weights with --no-pretrained")
 
 
+# Parts that wrappers put into the middle of names; those in front are found by what fits.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Two lines of Python, which the user may run and this program never does: all tensors of a file, in a new one.
+KEEP_TENSORS = """(1) import torch; keep = lambda x: x if torch.is_tensor(x) else {{k: keep(v) for k, v in \
+getattr(x, 'state_dict', lambda: x)().items() if isinstance(v, (dict, torch.Tensor, torch.nn.Module))}} \
+(2) torch.save(keep(torch.load({!r}, map_location='cpu', weights_only=False)), {!r})"""
+
+
 def read_weights(path):
-    """{name: tensor} of a `.safetensors` or `.pth` file; executes nothing in it. Raises UserError."""
+    """{name: tensor} of a `.safetensors` or PyTorch file; executes nothing in it. Raises UserError.
+
+    Tensors within dicts, lists and tuples are named with their keys: `model.fc.weight`.
+    """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            safe = file.read(9)[8:] == b"{"
+        if safe:
             from safetensors.torch import load_file
 
             found = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a TorchScript program, which is refused
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file") from None
     except Exception as error:  # both libraries raise many kinds for what is not such a file
-        reason = "it holds more than tensors, and loading it could run code" if "weights_only" in str(error) \
-            else short_reason(error)
-        raise UserError(f"--weights {path}: cannot be loaded ({reason}). Expected a .safetensors file, or a .pth file "
-                        "of tensors alone") from None
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict):
-        raise UserError(f"--weights {path}: holds {type(found).__name__}, not named tensors")
-    return {str(k).removeprefix("module.").removeprefix("_orig_mod."): v for k, v in found.items()
-            if isinstance(v, torch.Tensor)}
+        raise UserError(f"--weights {path}: cannot be loaded: {_why_not(path, error)}") from None
+    if not (tensors := dict(_tensors(found))):
+        raise UserError(f"--weights {path}: holds {type(found).__name__}, and no named tensors")
+    return tensors
+
+
+def _why_not(path, error):
+    """Why a file of weights was refused, and what to do."""
+    text = str(error)
+    script, other = "TorchScript" in text, re.search(r"GLOBAL (\S+) was not an allowed|got <class '(.+?)'>", text)
+    if script or other:
+        what = "is a TorchScript program" if script else f"holds {other[1] or other[2]}, which is more than tensors"
+        serves = path.with_name(f"{path.name.split('.')[0]}-tensors.pth")
+        return (f"it {what}, and loading it could run code. If you trust where it comes from, two lines of Python make "
+                f"a file that serves: {KEEP_TENSORS.format(str(path), str(serves))}")
+    if "blocked" in text:
+        return "loading it would run code of the system's. Do not trust this file"
+    reason = getattr(error, "strerror", None) or "it is no such file, or not all of it"
+    return f"{reason}. Expected a .safetensors file, or one that torch.save wrote"
+
+
+def _tensors(found, name=""):
+    """(name, tensor) of all tensors in nested dicts, lists and tuples."""
+    if isinstance(found, torch.Tensor) and name:
+        yield ".".join(part for part in name.split(".") if part not in WRAPPERS), found
+    elif isinstance(found, (dict, list, tuple)):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def fitting(found, own):
+    """What of a file's tensors is for a network: {name: tensor}, the prefix of their names there, and the others.
+
+    found: `read_weights`. own: the network's state dict. A wrapper, a checkpoint's key, or several of these, stand as
+    one prefix before the names; taken is that one under which most tensors fit, where these are most of the network's
+    or of the file's. Tensors with a part of it alone, as a head that stands beside the network's body, are taken where
+    they have a place.
+    """
+    fits, named = Counter(), Counter()
+    for key, tensor in found.items():
+        for start in [0, *(match.end() for match in re.finditer(r"\.", key))]:
+            prefix, name = key[:start], key[start:]
+            named[prefix] += name in own
+            fits[prefix] += name in own and own[name].shape == tensor.shape
+    serve = [prefix for prefix in fits if not prefix or 2 * named[prefix] >= min(len(own), len(found))]
+    best = max(serve, key=fits.get)
+    taken = {key[len(best):]: tensor for key, tensor in found.items() if key.startswith(best)}
+    rest = {key: tensor for key, tensor in found.items() if not key.startswith(best)}
+    for start in [match.start() + 1 for match in re.finditer(r"\.", best[:-1])][::-1] + [0]:
+        for key in [key for key in rest if key.startswith(best[:start]) and key[start:] in own]:
+            if key[start:] not in taken:
+                taken[key[start:]] = rest.pop(key)
+    return taken, best, rest
 
 
 def load_weights(model, path):
-    """Load what fits of a `.safetensors` or `.pth` file into `model`; returns a text with the rest, or UserError."""
-    found, own = read_weights(path), model.state_dict()
+    """Load what fits of a `.safetensors` or PyTorch file into `model`; returns a text with the rest, or UserError."""
+    every, own = read_weights(path), model.state_dict()
+    found, prefix, rest = fitting(every, own)
     fits = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
     if not fits:
-        raise UserError(f"--weights {path}: none of its {len(found)} tensors fits {type(model).__name__}, whose first "
-                        f"is {next(iter(own))} {list(next(iter(own.values())).shape)}")
+        first, its = next(iter(own)), next(iter(every))
+        raise UserError(f"--weights {path}: none of its {len(every)} tensors fits {type(model).__name__}: the first is "
+                        f"{its} {list(every[its].shape)}, the network's {first} {list(own[first].shape)}")
     model.load_state_dict(fits, strict=False)
-    lines = [f"starts from {path}: {len(fits)} of {len(own)} tensors"]
+    where = f", those under {prefix[:-1]!r}" if prefix else ""
+    lines = [f"starts from {path}: {len(fits)} of {len(own)} tensors{where}"]
     lines += [f"  left out {k}: {list(v.shape)} in the file, {list(own[k].shape)} in the network"
               for k, v in found.items() if k in own and k not in fits]
     lines += [f"  left out {k}: the network has no such tensor" for k in found if k not in own]
+    if rest:
+        names = list(dict.fromkeys(key.split(".")[0] for key in rest))
+        names[5:] = ["…"] * (len(names) > 5)
+        lines += [f"  left out {len(rest)} tensors that are not under it: {', '.join(names)}"]
     lines += [f"  not in the file, so random: {k}" for k in own if k not in found]
     return "\n".join(lines)
 
 
 def classes_of_weights(config):
     """Number of classes that the weights of a config were trained for: the file's head shows it, or else timm."""
-    import timm
-
-    known = timm.models.get_pretrained_cfg(config["model_entry"]["timm"], allow_unregistered=True)
+    known = pretrained_cfg(config["model_entry"]["timm"])
+    count = known.num_classes if known is not None else 1000
     if config["weights"] and known is not None and isinstance(known.classifier, str):
-        head = read_weights(config["weights"]).get(f"{known.classifier}.weight")
-        if head is not None:
-            return len(head)
-    return known.num_classes if known is not None else 1000
+        with torch.device("meta"):
+            own = build_network(config, count, pretrained=False)[0].state_dict()
+        head = fitting(read_weights(config["weights"]), own)[0].get(f"{known.classifier}.weight")
+        count = count if head is None else len(head)
+    return count
 
 
 def normalisation(config, model):

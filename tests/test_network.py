@@ -1,10 +1,14 @@
 """engine/network.py: networks that are built, and weights that are loaded and run nothing."""
 
+import argparse
 import contextlib
 import os
 import pickle
+import socket
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -63,6 +67,102 @@ def test_weights_load_from_a_file_and_say_what_was_left_out(kind, tiny, tmp_path
     assert network.classes_of_weights(config) == 10
 
 
+def under(prefix, state):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def body(state):
+    return {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+
+
+FILES = {  # of one network's weights, as people save them: state dict -> what lies in the file
+    "two levels down": lambda w: {"epoch": 3, "checkpoint": {"model": w}},
+    "a list": lambda w: [w, {"state": {0: {"exp_avg": torch.zeros(2)}}}],
+    "wrappers in odd order": lambda w: under("net.module.backbone._orig_mod.model.", w),
+    "an average of the weights": lambda w: {"ema": {"n_averaged": torch.tensor(9), **under("module.", w)}},
+    "a wrapped name": lambda w: {key.replace("layer1.", "layer1._orig_mod._fsdp_wrapped_module."): tensor
+                                 for key, tensor in w.items()},
+    "lightning": lambda w: {"state_dict": {**under("model.", w), "loss.weight": torch.ones(10), "f1.tp": torch.ones(3)},
+                            "loops": {}, "global_step": 7},
+    "a loss of more tensors than the network": lambda w: {
+        **under("module.", w), **{f"module.loss.vgg.{i}.weight": torch.zeros(3) for i in range(len(w))}},
+    "a teacher of another size beside it": lambda w: {
+        "teacher": {key: torch.zeros(7, 7) for key in w}, "student": under("module.backbone.", w)},
+    "an optimizer in front": lambda w: {"optimizer": {i: {"exp_avg": t.clone()} for i, t in enumerate(w.values())},
+                                        "net": w, "acc": torch.tensor(0.9)},
+    "the head beside the body": lambda w: {"model": {**under("encoder.", body(w)), "fc.weight": w["fc.weight"],
+                                                     "fc.bias": w["fc.bias"]}},
+}
+
+
+@pytest.mark.parametrize("kind", list(FILES))
+def test_weights_are_found_wherever_a_file_has_them(kind, tiny, tmp_path):
+    state = {key: tensor + 1 for key, tensor in tiny.state_dict().items()}
+    torch.save(FILES[kind](state), tmp_path / "w.ckpt")
+    text = network.load_weights(tiny, tmp_path / "w.ckpt")
+    assert f"{len(state)} of {len(state)} tensors" in text.splitlines()[0] and "random" not in text
+    assert all(torch.equal(tensor, state[key]) for key, tensor in tiny.state_dict().items())
+    config = resolve(CONFIGS, {"model": "test_resnet", "weights": str(tmp_path / "w.ckpt")})
+    assert network.classes_of_weights(config) == 10
+
+
+def test_what_stands_beside_the_weights_is_named_and_a_head_for_other_classes_too(tiny, tmp_path):
+    state = under("module.", timm.create_model("test_resnet", num_classes=4).state_dict())
+    torch.save({"model": state, "queue": torch.zeros(9), "criterion": {"centers": torch.zeros(3)}}, tmp_path / "w.pt")
+    first, *lines = network.load_weights(tiny, tmp_path / "w.pt").splitlines()
+    assert first.endswith("90 of 92 tensors, those under 'model.module'")
+    assert lines == ["  left out fc.weight: [4, 96] in the file, [10, 96] in the network",
+                     "  left out fc.bias: [4] in the file, [10] in the network",
+                     "  left out 2 tensors that are not under it: queue, criterion"]
+
+
+def test_names_that_end_alike_by_chance_are_no_weights(tiny, tmp_path):
+    head = tiny.fc.state_dict(prefix="fc.") | {"attn.qkv.weight": torch.zeros(8, 8)}
+    torch.save({f"blocks.{i}.{name}": tensor for i in range(3) for name, tensor in head.items()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="none of its 9 tensors fits ResNet: the first is blocks.0.fc.weight "):
+        network.load_weights(tiny, tmp_path / "w.pth")
+
+
+def test_safetensors_are_told_by_their_content(tiny, tmp_path):
+    save_file(tiny.state_dict(), tmp_path / "blob")  # as the hub's cache names them
+    assert "92 of 92 tensors" in network.load_weights(tiny, tmp_path / "blob")
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit")
+@pytest.mark.parametrize("kind, names", [("namespace", "argparse.Namespace"), ("path", "pathlib."), ("numpy", "numpy"),
+                                         ("nested", "argparse.Namespace"), ("network", "timm.models.resnet.ResNet"),
+                                         ("network inside", "timm.models.resnet.ResNet"), ("script", "TorchScript")])
+def test_a_file_of_more_than_tensors_is_refused_with_two_lines_that_turn_it_into_one_that_serves(
+        kind, names, tiny, tmp_path):
+    path, state = tmp_path / "w.pth.tar", tiny.state_dict()
+    if kind == "script":
+        torch.jit.trace(tiny.eval(), torch.zeros(1, 3, 64, 64)).save(path)
+    else:
+        torch.save({"namespace": {"state_dict": state, "args": argparse.Namespace(lr=0.1)},
+                    "path": {**under("module.", state), "where": Path("x")},
+                    "numpy": {"model": state, "best": np.float64(3), "curve": np.zeros(2)},
+                    "nested": {"state_dict": state, "hyper_parameters": {"args": argparse.Namespace()}},
+                    "network": tiny, "network inside": {"epoch": 1, "model": tiny}}[kind], path)
+    other = timm.create_model("test_resnet", num_classes=10)
+    with pytest.raises(UserError, match=f"{names}.*could run code") as caught:
+        network.load_weights(other, path)
+    assert "\n" not in str(caught.value)
+    first, second = str(caught.value).split("(1) ")[1].split(" (2) ")
+    exec(f"{first}\n{second}", {})  # as a user who trusts the file
+    assert "92 of 92 tensors" in network.load_weights(other, tmp_path / "w-tensors.pth")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>gone</html>", b"version https://git-lfs.github.com/spec/v1", None])
+def test_what_is_no_file_of_weights_is_not_said_to_hold_code(content, tiny, tmp_path):
+    if content is None:  # cut off
+        torch.save(tiny.state_dict(), tmp_path / "w.pth")
+        content = (tmp_path / "w.pth").read_bytes()[:3000]
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded: it is no such file, or not all of it. Expected"):
+        network.load_weights(tiny, tmp_path / "w.pth")
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("bomb-went-off",)
@@ -73,8 +173,10 @@ def test_a_pickle_bomb_is_refused(tiny, tmp_path, monkeypatch):
     torch.save({"x": Bomb()}, "a.pth")
     Path("b.pth").write_bytes(pickle.dumps(Bomb()))
     for name in ("a.pth", "b.pth"):
-        with pytest.raises(UserError, match="cannot be loaded"):
+        with pytest.raises(UserError, match="cannot be loaded") as caught:
             network.load_weights(tiny, name)
+        assert "weights_only=False" not in str(caught.value)
+        assert ("Do not trust this file" in str(caught.value)) == (name == "a.pth")
         with pytest.raises(UserError, match="damaged, or not a checkpoint"):
             checkpoint.load_checkpoint(name)
     assert not Path("bomb-went-off").exists()
@@ -87,13 +189,13 @@ def test_weights_that_cannot_serve_are_an_error(tiny, tmp_path):
     with pytest.raises(UserError, match="text.safetensors: cannot be loaded"):
         network.load_weights(tiny, tmp_path / "text.safetensors")
     torch.save({"other.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="none of its 1 tensors fits ResNet"):
+    with pytest.raises(UserError, match=r"none of its 1 tensors fits ResNet: .*other.weight \[3\]"):
         network.load_weights(tiny, tmp_path / "other.pth")
 
 
 def test_weights_are_matched_by_name_alone(tiny, tmp_path):
     torch.save({f"_part{i}": v for i, v in enumerate(tiny.state_dict().values())}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="tensors fits ResNet, whose first is"):
+    with pytest.raises(UserError, match="tensors fits ResNet: the first is _part0"):
         network.load_weights(tiny, tmp_path / "w.pth")
 
 
@@ -114,16 +216,85 @@ def test_a_real_imagenet_network_knows_the_two_sample_photographs():
     assert len(temple & set(top5[0])) >= 2 and top5[1][0] in flower
 
 
-def test_an_unreachable_hub_is_one_message_that_offers_both_ways_out(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(address): pretrained weights are not in the cache, and the hub is there. Returns the message of the error."""
     import huggingface_hub
 
-    config = resolve(CONFIGS, {"model": "resnet18"}) | {"pretrained": True}
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: None)
-    for offline in (True, False):
+    def message(address, offline=False):
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: None)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-        with pytest.raises(UserError, match="resnet18.a1_in1k cannot be fetched.*--weights FILE.*--no-pretrained"):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        config = resolve(CONFIGS, {"model": "resnet18"}) | {"pretrained": True}
+        with pytest.raises(UserError, match="resnet18.a1_in1k cannot be had.*--weights FILE.*--no-pretr") as caught:
             network.build_network(config, 10)
+        return str(caught.value)
+
+    return message
+
+
+@contextlib.contextmanager
+def listening(answer):
+    """The address of a server that gives this answer, bytes, to whoever asks, or None: it never answers."""
+    kept, server = [], socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                kept.append(server.accept()[0])
+                if answer is not None:
+                    kept[-1].recv(4096)
+                    kept[-1].sendall(answer)
+                    kept.pop().close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join()
+
+
+def test_an_unreachable_hub_is_one_message_that_offers_both_ways_out(hub):
+    assert "HF_HUB_OFFLINE is set" in hub("http://127.0.0.1:9", offline=True)
+    assert "http://127.0.0.1:9: " in hub("http://127.0.0.1:9")  # nobody listens there
+
+
+@pytest.mark.parametrize("address", ["mirror.invalid", "//mirror.invalid", "https//mirror.invalid", "localhost:9"])
+def test_a_hubs_address_without_a_scheme_is_named(address, hub):
+    assert f"HF_ENDPOINT={address} has no scheme; expected an address as https://HOST" in hub(address)
+
+
+@pytest.mark.parametrize("answer, reason", [
+    (None, "timed out"), (b"", "closed connection"), (b"SSH-2.0-x\r\n", "SSH"),
+    (b"HTTP/1.1 503 Busy\r\n\r\n", "answers HTTP Error 503: Busy")], ids=["silent", "closes", "other", "busy"])
+def test_a_hub_that_does_not_answer_as_one_is_named(answer, reason, hub, monkeypatch):
+    monkeypatch.setattr(network, "HUB_SECONDS", 0.2)
+    with listening(answer) as address:
+        assert reason in hub(address) and address in hub(address)
+
+
+def test_pretrained_weights_that_are_broken_are_not_taken_for_a_network_that_cannot_be_built(hub, monkeypatch):
+    real = timm.create_model
+
+    def create(name, pretrained=False, **arguments):
+        if pretrained:
+            raise ValueError("header too large")
+        return real(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(network, "_reach_hub", lambda known, name: None)
+    assert "cannot be had (header too large)" in hub("")
+
+
+@pytest.mark.parametrize("name, there", [("resnet18.in1k", "resnet18.a1_in1k, resnet18.a2_in1k"),
+                                         ("test_vit.imagenet", "test_vit.r160_in1k"),
+                                         ("resnext26ts.x", "resnext26ts.ra2_in1k")])
+def test_a_tag_that_timm_does_not_have_is_one_message_with_those_that_it_has(name, there):
+    config = resolve(CONFIGS, {"model": name, "pretrained": False, "dataset": "folder", "data_dir": "."})
+    for ask in (lambda: network.build_network(config, 10), lambda: network.classes_of_weights(config)):
+        with pytest.raises(UserError, match=f"model {name}: Invalid pretrained tag .*{there}"):
+            ask()
 
 
 def test_a_network_without_pretrained_weights_says_that_it_starts_from_random_ones():
