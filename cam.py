@@ -21,11 +21,11 @@ import torch.nn.functional as F
 
 MIN_GRID = 4  # a coarser grid than 4 x 4 shows too little of where
 FROM_END = re.compile(r"-[1-9]\d*", re.ASCII)  # in the place of a layer's name: -1 is the last stage, -2 the one before
+MOST_PREFIX = 8  # tokens in front of the patches: class, distillation, registers
 FINE_STEP = 2.0**15  # float16 gradients of a logit may lie below the smallest it can hold: taken at this scale as well
 
 # --- methods that weigh activations: (A, G) -> weights, where heat is the channel sum of weights times A -------------
-# A: activations [N, C, h, w]. G: gradient of the explained score with respect to A, same shape. Both float32 or
-# float64. Weights: anything that broadcasts to A.
+# A: activations [N, C, h, w]. G: the explained score's gradient there. float32 or float64. Weights broadcast to A.
 
 
 def cam(A, G):
@@ -42,20 +42,15 @@ def gradcam_plus_plus(A, G):
     """Grad-CAM++, Chattopadhay et al. 2018, equations 11 and 19.
 
     With Y = exp(S), as the paper has it, equation 19 becomes alpha = G^2 / (2 G^2 + sum(A) G^3), and a channel weighs
-    sum(alpha relu(G)). The constant 1e-6 is not the paper's but the grad-cam library's, and so in most published
-    figures: it keeps the quotient finite where activations are negative.
+    sum(alpha relu(G)). The grad-cam library's constant 1e-6 keeps the quotient finite where activations are negative.
     """
-    g = G.relu()  # what is not positive weighs nothing, whatever its alpha
-    # alpha g = g / (2 + sum(A) g + 1e-6 / g^2), in place, as fresh memory costs more than the arithmetic
+    g = G.relu()  # alpha g = g / (2 + sum(A) g + 1e-6 / g^2), in place: fresh memory costs more than the arithmetic
     denominator = g.square().reciprocal_().mul_(1e-6).add_(2).addcmul_(A.sum((2, 3), keepdim=True), g)
     return g.div_(denominator).sum((2, 3), keepdim=True)
 
 
 def xgradcam(A, G):
-    """XGrad-CAM, Fu et al. 2020, equation 8: the gradient's mean, weighted by the channel's own activations.
-
-    The constant 1e-7 keeps channels that are silent everywhere finite; it is the grad-cam library's.
-    """
+    """XGrad-CAM, Fu et al. 2020, equation 8; the grad-cam library's 1e-7 keeps channels that are silent finite."""
     return (G * A / (A.sum((2, 3), keepdim=True) + 1e-7)).sum((2, 3), keepdim=True)
 
 
@@ -102,10 +97,7 @@ def rollout(A, G):
 
 
 def gradrollout(A, G):
-    """Generic attention explainability, Chefer et al. 2021 (ICCV), equations 5 and 6, for self-attention.
-
-    Relevance starts as the identity and gains mean_heads(relu(G A)) times itself in each block.
-    """
+    """Chefer et al. 2021 (ICCV), equations 5 and 6: each block adds mean_heads(relu(G A)) times relevance to it."""
     relevance = torch.eye(A[0].shape[-1], dtype=A[0].dtype, device=A[0].device).expand(len(A[0]), -1, -1)
     for attention, gradient in zip(A, G):
         relevance = relevance + (gradient * attention).relu().mean(1) @ relevance
@@ -120,7 +112,8 @@ ATTENTION = {"rollout": rollout, "gradrollout": gradrollout}
 def random(A, G):
     """A smooth random field, new for every image: 4 x 4 normal values, bilinear in between."""
     field = torch.randn(len(A), 1, MIN_GRID, MIN_GRID).to(A.device, A.dtype, non_blocking=A.device.type != "mps")
-    return _interpolate(field[:, 0], A.shape[2:]) + 10  # so that the ReLU behind every method keeps all of it
+    # 10 more, so that the ReLU behind every method keeps all of it
+    return F.interpolate(field, A.shape[2:], mode="bilinear", align_corners=False)[:, 0] + 10
 
 
 def center(A, G):
@@ -133,8 +126,8 @@ CONTROLS = {"random": random, "center": center}
 METHODS = (*WEIGHTS, *ATTENTION, *CONTROLS)
 NO_GRADIENT = {"cam", "eigencam", "rollout", *CONTROLS}
 
-
 # --- which score is explained: (logits [N, C], labels [N] or shares [N, C]) -> classes and against, as `CAM` takes them
+
 
 def true_class(labels):
     """The label's class, int64 [N]; of a mixed label the one with the larger share."""
@@ -166,13 +159,7 @@ def rescale(maps):
 
 def upsample(heat, size):
     """Heat [N, h, w] at image size [N, H, W], bilinear, rescaled to [0, 1] per image. size: H = W, or (H, W)."""
-    if heat.numel() == 0:
-        return heat.new_zeros(len(heat), *((size, size) if isinstance(size, int) else size))
-    return rescale(_interpolate(heat, size))
-
-
-def _interpolate(maps, size):
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    return rescale(F.interpolate(heat[:, None], size, mode="bilinear", align_corners=False)[:, 0])
 
 
 class CAM:
@@ -182,8 +169,8 @@ class CAM:
     name, or None for the rule: the deepest layer that keeps a 4 x 4 grid, among the stages that timm names
     (`feature_info`) and what follows the last of them; "-2" is the stage before the last, whatever its grid. Where a
     class token alone is read out, the last block's output has no gradient at the patches; there it is that block's
-    first norm. The choice is made at the first forward pass and then kept, as `layer_name`.
-    compiled: whether the model will be compiled; make the CAM before it is called for the first time.
+    first norm. The choice is made at the first forward pass and then kept, as `layer_name`. compiled: whether the model
+    will be compiled; make the CAM before it is called for the first time.
     Raises ValueError, naming what would serve, for an unknown method or layer and where no layer or method fits.
     """
 
@@ -199,7 +186,9 @@ class CAM:
             torch._functorch.config.donated_buffer = False
         self.names = {module: name for name, module in self.model.named_modules()}
         self.prefix = getattr(self.model, "num_prefix_tokens", 0)
-        self.layer, self._hooks, self._parts, self.min_grid, self._awaited = None, [], [], MIN_GRID, None
+        self.prefixes = (self.prefix, 0) if hasattr(self.model, "num_prefix_tokens") else range(MOST_PREFIX + 1)
+        self.layer, self._hooks, self._parts, self._reached, self.min_grid = None, [], [], False, MIN_GRID
+        self._awaited = None
         if method == "cam" or method in ATTENTION:
             self._parts.append(_engine().Head(self) if method == "cam" else _engine().Attention(self, layer))
         if layer is not None and not (isinstance(layer, str) and FROM_END.fullmatch(layer)):
@@ -217,8 +206,9 @@ class CAM:
         """The module that `layer` names, or is."""
         module = dict(self.model.named_modules()).get(layer.strip()) if isinstance(layer, str) else layer
         if module not in self.names:
-            what = f"no layer {layer!r} in this network" if isinstance(layer, str) else "a layer is not of this network"
-            raise ValueError(f"{what}; its parts are {', '.join(name for name, _ in self.model.named_children())}")
+            what = layer if isinstance(layer, str) else type(layer).__name__
+            parts = ", ".join(dict(self.model.named_children()))
+            raise ValueError(f"no layer {what!r} in this network; its parts are {parts}")
         return module
 
     def __enter__(self):
@@ -251,37 +241,42 @@ class CAM:
 
     def _before(self, module, args, kwargs):
         self.release()
-        images = args[0] if args else next(iter(kwargs.values()))
+        images = next((t for t in (*args, *kwargs.values()) if torch.is_tensor(t) and t.dim() > 3), None)
+        if images is None:
+            raise ValueError("expected a forward pass of images, [B, 3, H, W]")
         self.batch, self.height, self.width, self.device_type = len(images), *images.shape[-2:], images.device.type
 
     def explain_layer(self, layer, output=None):
         """Keep what this module gives in later passes, and `output`, of the pass that goes on."""
         def keep(module, args, output):
-            output = self.activations[0] = self.with_gradient(output)
-            return output
+            first, *others = output if type(output) is tuple else (output,)
+            first = self.activations[0] = self.with_gradient(first)
+            first = first.clone() if torch.is_tensor(first) else first  # a layer behind it may work in place
+            return (first, *others) if type(output) is tuple else first
 
         self.layer, self.activations = layer, {} if output is None else {0: output}
         self.hook(layer.register_forward_hook, keep)
 
     @staticmethod
     def with_gradient(output):
-        """`output`, or where nothing before it is trained, a copy that autograd can ask about."""
+        """`output`, or where nothing before it is trained a copy, which is no leaf, that autograd can ask about."""
         if isinstance(output, torch.Tensor) and torch.is_grad_enabled() and not output.requires_grad \
                 and output.is_floating_point() and not output.is_inference():
-            # cloned, for a layer behind it may work in place, which autograd forbids on a leaf
             return output.detach().requires_grad_().clone()
         return output
 
     def grid(self, tensor):
         """Output of a layer as [B, C, h, w], or None where it is not a map of the image.
 
-        Tokens [B, T, C] lose the prefix tokens; [B, h, w, C] is told from [B, C, h, w] by the image's proportions.
+        Tokens [B, T, C] lose the prefix tokens, found where a network does not count its own by what is left: a grid
+        in the image's very proportions. [B, h, w, C] is told from [B, C, h, w] by these proportions.
         """
         if tensor.shape[0] != self.batch or tensor.dim() not in (3, 4):
             return None
         if tensor.dim() == 3:
-            for prefix in (self.prefix, 0):  # some networks add their class token in later blocks
-                if sides := self.token_grid(tensor.shape[1] - prefix):
+            for prefix in self.prefixes:  # 0 too: some networks add their class token in later blocks
+                sides = self.token_grid(tensor.shape[1] - prefix)
+                if sides and (prefix in (self.prefix, 0) or sides[0] * self.width == sides[1] * self.height):
                     return tensor[:, prefix:].transpose(1, 2).unflatten(2, sides)
             return None
         first, last = (abs(h * self.width / self.height - w) <= 1 for h, w in (tensor.shape[2:], tensor.shape[1:3]))
@@ -308,23 +303,22 @@ class CAM:
         if not self.activations:
             raise RuntimeError("no forward pass to explain: call the model inside the `with` block first"
                                + (", and a compiled one not before the CAM is made" if self._compiled else ""))
-        if self._logits is None or self._logits() is not logits:
-            # What was kept for these logits goes when they go, and not only at the next forward pass.
-            kept = self.activations
-            self._logits = weakref.ref(logits, lambda _: self.release() if self.activations is kept else None)
-        if rows is not None:
-            rows = torch.as_tensor(rows, device=logits.device)
-            rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
-        count = len(logits) if rows is None else len(rows)
-        classes = (logits if rows is None else logits[rows]).argmax(1) if classes is None else classes
+        found = [*getattr(logits, "shape", [type(logits).__name__])]
+        if len(found) != 2 or found[0] != self.batch:
+            raise ValueError(f"expected the logits of that pass, [{self.batch}, classes]; found {found}")
+        kept = self.activations  # goes when these logits go, and not only at the next forward pass
+        self._logits = weakref.ref(logits, lambda _: self.release() if self.activations is kept else None)
+        rows = torch.as_tensor(range(self.batch) if rows is None else rows, device=logits.device)
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
+        classes = logits[rows].argmax(1) if classes is None else classes
         weights = torch.as_tensor(classes, device=logits.device)  # of the logits in the score
         if weights.dim() < 2:
-            weights = logits.new_zeros(count, logits.shape[1])
+            weights = logits.new_zeros(len(rows), logits.shape[1])
             for each, sign in ((classes, 1), (against, -1)):
                 if each is not None:
-                    each = torch.as_tensor(each, device=logits.device).expand(count)[:, None]
+                    each = torch.as_tensor(each, device=logits.device).expand(len(rows))[:, None]
                     weights.scatter_add_(1, each, torch.full_like(weights[:, :1], sign))
-        return self._heat(functools.partial(self._gradients, logits, rows, weights), rows, count, weights)
+        return self._heat(functools.partial(self._gradients, logits, rows, weights), rows, weights)
 
     def in_backward(self, loss, images, rows, then):
         """Call `then` in the loss's own backward pass, with a function that gives the heat: no walk for it.
@@ -338,42 +332,48 @@ class CAM:
         @torch.no_grad()
         def arrived(gradients):
             own = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * scale[0] for gradient in gradients]
-            then(lambda: self._heat(lambda tensors: own, rows, len(rows)))
+            then(lambda: self._heat(lambda tensors: own, rows))
             self.release()
 
         self._awaited = torch.autograd.graph.register_multi_grad_hook(list(self.activations.values()), arrived)
 
-    def _heat(self, gradients, rows, count, weights=None):
+    def _heat(self, gradients, rows, weights=None):
         """As `__call__`. gradients: tensors that were kept -> the score's gradients with respect to these."""
         gradients = None if self.method in NO_GRADIENT else gradients
         with torch.autocast(self.device_type, enabled=False):
             if self.method in ATTENTION:
-                return rescale(self._parts[0].relevance(ATTENTION[self.method], gradients, rows, count))
+                return rescale(self._parts[0].relevance(ATTENTION[self.method], gradients, rows))
             if not torch.is_tensor(self.activations[0]) or (A := self.grid(self.activations[0])) is None:
-                raise ValueError(f"layer {self.layer_name} gives no map of images of {self.height}x{self.width}; name "
-                                 "another")
+                raise ValueError(f"layer {self.layer_name} is no map of {self.height}x{self.width} images; try another")
             G = self._parts[0].weights(A, weights) if self.method == "cam" else None
-            A = (A if rows is None else A[rows]).to(torch.promote_types(A.dtype, torch.float32))
+            A = A[rows].to(torch.promote_types(A.dtype, torch.float32))
             if len(A) == 0:
                 return A.new_zeros(0, *A.shape[2:])
             if self.method in CONTROLS:
                 return rescale(CONTROLS[self.method](A, None).relu())
             if gradients:
-                G = self.grid(gradients([self.activations[0]])[0])
-                G = G if rows is None else G[rows]
+                gradient, = gradients([self.activations[0]])
+                G = self.grid(gradient)[rows]
+                self._reached = self._reached or bool(G.any())  # not asked again: the device has to answer
+                if not self._reached and gradient.any():
+                    raise ValueError(f"behind layer {self.layer_name} a class token is read, and no patch: name one "
+                                     "before, as the first norm of the last block")
             weighted = WEIGHTS[self.method](A, G).to(A.dtype) * A
             return rescale((_engine().principal(weighted) if self.method in EIGEN else weighted.sum(1)).relu())
 
     def _gradients(self, logits, rows, weights, tensors):
         """The score's gradient with respect to each tensor, all rows of the batch, float32 or float64."""
+        refused = ValueError(f"{self.method} needs gradients: run the forward pass outside torch.no_grad() and "
+                             "inference_mode(), ask before loss.backward(), and name a layer that the logits depend on")
         if not (logits.requires_grad and all(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)):
-            raise ValueError(f"{self.method} needs gradients: run the forward pass outside torch.no_grad() and "
-                             "inference_mode(), and explain a layer that the logits depend on")
-        weights = weights.to(logits.dtype)
-        of_logits = weights if rows is None else torch.zeros_like(logits).index_copy_(0, rows, weights)
+            raise refused
+        of_logits = torch.zeros_like(logits).index_copy_(0, rows, weights.to(logits.dtype))
 
         def take(scale):
-            taken = torch.autograd.grad(logits, tensors, of_logits * scale, retain_graph=True)
+            try:
+                taken = torch.autograd.grad(logits, tensors, of_logits * scale, retain_graph=True)
+            except RuntimeError as error:
+                raise (refused if "the graph" in str(error) else error) from None
             return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in taken]
 
         gradients = take(1)

@@ -152,8 +152,8 @@ class Attention:
     def release(self):
         self.qkv = {}
 
-    def relevance(self, formula, gradients, rows, count):
-        """Relevance [N, h, w] of each patch for what the head reads, `count` images; rows: int64 [N], or None for all.
+    def relevance(self, formula, gradients, rows):
+        """Relevance [N, h, w] of each patch for what the head reads, of the images `rows`, int64 [N].
 
         formula: of `cam.ATTENTION`. gradients: a function that gives those of the tensors [B, T, C] that the blocks
         mixed, or None where the formula takes none. Raises ValueError where attention is over windows, or more than a
@@ -166,11 +166,11 @@ class Attention:
             raise ValueError(f"{cam.method} needs attention over all of the image, at least {cam.min_grid}x"
                              f"{cam.min_grid} patches; use gradcam, or larger images")
         dtype = torch.promote_types(first.dtype, torch.float32)
-        if count == 0:
+        if len(rows) == 0:
             return torch.zeros(0, *sides, dtype=dtype, device=first.device)
 
         def taken(tensor):
-            return (tensor if rows is None else tensor[rows]).detach().to(dtype)
+            return tensor[rows].detach().to(dtype)
 
         called = len(self.qkv) == len(self.modules)  # else some blocks use their qkv layer's weights without calling it
         if called:

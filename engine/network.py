@@ -246,20 +246,22 @@ def normalisation(config, model):
 
 
 def try_network(config, model):
-    """One forward pass, in eval mode, that shows whether network, image size, method and layer fit together.
+    """One heat, in eval mode, that shows whether network, image size, method and layer fit together.
 
     Returns name and grid (h, w) of the explained layer, or (None, None) for --cam none. The model stays as it was.
     """
     explain = contextlib.nullcontext()
     size, training, first = config["image_size"], model.training, next(model.parameters())
-    what = f"{config['model']} with images of {size}x{size}"
+    what, gradient = f"{config['model']} with images of {size}x{size}", config["cam"] not in ("none", *cam.NO_GRADIENT)
     try:
         if config["cam"] != "none":
             what = f"--cam {config['cam']} with {what}"
             explain = cam.CAM(model, config["cam"], config["layer"])
-        with explain, torch.no_grad():
+        with explain, torch.set_grad_enabled(gradient):
             logits = model.eval()(torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device))
-            return (None, None) if config["cam"] == "none" else (explain.layer_name, explain(logits, rows=[]).shape[1:])
+            if config["cam"] == "none":
+                return None, None
+            return explain.layer_name, explain(logits, rows=None if gradient else []).shape[1:]
     except Exception as error:  # as in build_network
         raise UserError(f"{what}: {short_reason(error)}") from None
     finally:
