@@ -32,10 +32,7 @@ def build_network(config, classes, pretrained=True):
     """
     import timm
 
-    name, arguments = config["model_entry"]["timm"], dict(config["model_entry"].get("arguments", {}))
-    known = pretrained_cfg(name)
-    if known is not None and known.fixed_input_size:
-        arguments["img_size"] = config["image_size"]
+    name, arguments, known = timm_arguments(config)
     weights = config["weights"] if pretrained else None
     pretrained = pretrained and config["pretrained"] and not weights
     text = "starts from random weights"
@@ -57,6 +54,30 @@ def build_network(config, classes, pretrained=True):
     if weights:
         text = load_weights(model, weights)
     return model, text
+
+
+def timm_arguments(config):
+    """Name and arguments by which timm builds the network of a config, and what it knows of its pretrained weights."""
+    name, arguments = config["model_entry"]["timm"], dict(config["model_entry"].get("arguments", {}))
+    known = pretrained_cfg(name)
+    if known is not None and known.fixed_input_size:
+        arguments["img_size"] = config["image_size"]
+    return name, arguments, known
+
+
+def described(config, classes, model=None):
+    """What `network.json` holds: all that is needed to use a run's network without this program. model: if it is there.
+
+    The weights are those under "model" in `last.pt`; the classes stand in the order of the outputs; mean and std are of
+    RGB values in [0, 1].
+    """
+    if model is None:
+        with torch.device("meta"):
+            model = build_network(config, len(classes), pretrained=False)[0]
+    name, arguments, _ = timm_arguments(config)
+    mean, std = ([round(value, 6) for value in each.flatten().tolist()] for each in normalisation(config, model))
+    return {"timm": name, "arguments": arguments, "classes": classes, "image_size": config["image_size"], "mean": mean,
+            "std": std}
 
 
 def _builds(name, arguments):

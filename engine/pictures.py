@@ -20,7 +20,7 @@ from sklearn.metrics import confusion_matrix
 import cam
 import proxy
 from engine import before, chance, files, loader, metrics, network, predict
-from engine.dataset import ALL_LEVELS, reason, to_rgb, upright
+from engine.dataset import ALL_LEVELS, to_rgb, upright
 from engine.files import readable
 
 HEAT_COLOURS = colormaps["viridis"]
@@ -224,20 +224,24 @@ def _space_lines(config, explain, normalisation, images, labels, logits):
     return lines, rows
 
 
-def draw_heats(path, file, model, config, classes, methods):
-    """`path`: the image in `file`, and the heat of its predicted class by each CAM method, from one forward pass.
+def read_image(file, config):
+    """Pixels of an image, uint8 [size, size, 3] as a run's config has them, and its height per width.
 
-    model: in eval mode. config: of a run, for image_size, layer and normalisation. classes: their names. Raises
-    UserError where the file is no image or a method does not suit the network.
+    Raises anything at all for a broken one, as `to_rgb` does.
+    """
+    with Image.open(file) as image:
+        pixels, turned = to_rgb(image, config["image_size"], config.get("levels", ALL_LEVELS)), upright(image)
+    return pixels, turned.height / turned.width
+
+
+def draw_heats(path, name, pixels, aspect, model, config, classes, methods):
+    """`path`: an image of that name, and the heat of its predicted class by each CAM method, from one forward pass.
+
+    pixels, aspect: of `read_image`. model: in eval mode. config: of a run, for image_size, layer and normalisation.
+    classes: their names. Returns the predicted one and its confidence. Raises UserError where a method does not suit.
     """
     device, size = next(model.parameters()).device, config["image_size"]
     mean, std = (t.to(device) for t in network.normalisation(config, model))
-    try:
-        image = Image.open(file)
-        pixels = to_rgb(image, size, config.get("levels", ALL_LEVELS))
-        width, height = upright(image).size
-    except Exception as error:  # Pillow's plugins raise anything
-        raise files.UserError(f"--image {file}: cannot be read as an image ({reason(error)})") from None
     with contextlib.ExitStack() as blocks:
         try:
             heats = [blocks.enter_context(cam.CAM(model, method, None if method in cam.ATTENTION else config["layer"]))
@@ -250,11 +254,12 @@ def draw_heats(path, file, model, config, classes, methods):
     confidence, best = logits.detach()[0].softmax(0).topk(min(3, len(classes)))
     predicted = [f"{classes[c]} ({p:.2f})" for c, p in zip(best.tolist(), confidence.tolist())]
     pictures = [pixels / 255] + [overlay(pixels / 255, heat) for heat in heats]
-    titles = ["\n".join([file.name, *predicted])] + [f"{method}\n{predicted[0]}" for method in methods]
-    columns, aspect = min(5, len(pictures)), height / width
+    titles = ["\n".join([name, *predicted])] + [f"{method}\n{predicted[0]}" for method in methods]
+    columns = min(5, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     figure, grid = panels(3 * columns, (3 * min(2, aspect) + 0.9) * rows, rows, columns)
     for axes, picture, title in zip(grid.flat, pictures, titles):
         axes.imshow(picture, aspect=aspect)  # the network saw a square; people see the image
         axes.set_title(readable(title), fontsize=9, **NAMES)
     save_figure(figure, path)
+    return classes[best[0].item()], confidence[0].item()

@@ -34,8 +34,29 @@ def batches_in_order(config, dataset, ids, device, **options):
     return loader.Batches(dataset, ids, config["image_size"], config["batch_size"], device, workers, **options)
 
 
+def readable_batches(config, dataset, device, unread):
+    """Batches of a dataset's images, in order, but for those that cannot be read: `unread`, a dict, gets these.
+
+    Yields pixels, uint8 [B, 3, H, W], on the device, and labels, int64 [B]. unread: {index: what is wrong with it}.
+    """
+    checked = loader.Checked(dataset, np.arange(len(dataset)), config["image_size"])
+    batches = torch.utils.data.DataLoader(checked, config["batch_size"], num_workers=cache.decoding_workers(config),
+                                          collate_fn=checked.collate)
+    for number, (pixels, wrong) in enumerate(batches):
+        indices = np.arange(len(wrong)) + number * batches.batch_size
+        unread.update((i, text) for i, text in zip(indices.tolist(), wrong) if text is not None)
+        if pixels is not None:
+            kept = indices[[text is None for text in wrong]]
+            yield pixels.permute(0, 3, 1, 2).to(device), torch.from_numpy(dataset.labels[kept])
+
+
 def write_predictions(folder, config, model, dataset, split, device):
-    """Predict the validation and test images once, in float32, into `predictions.npz`.
+    """`predictions` as `predictions.npz`."""
+    files.write_arrays(Path(folder) / "predictions.npz", predictions(config, model, dataset, split, device))
+
+
+def predictions(config, model, dataset, split, device):
+    """Predict the validation and test images once, in float32: {name: array}.
 
     Arrays: PART_ids, PART_logits, PART_labels for each PART of `metrics.PREDICTED` (the last under --decoy alone), and
     PART_groups where the dataset has groups; seconds. Raises UserError where an output is not finite.
@@ -56,7 +77,7 @@ def write_predictions(folder, config, model, dataset, split, device):
         if groups:
             arrays[f"{part}_groups"] = as_bytes([groups[i] for i in ids])
     arrays["seconds"] = np.array(time.perf_counter() - start)
-    files.write_arrays(Path(folder) / "predictions.npz", arrays)
+    return arrays
 
 
 def as_bytes(texts):

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import pytorch_grad_cam as library
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 import cam
 from cam import CAM, upsample
 from engine import hooks
+from engine.files import UserError
+from engine.network import try_network
 
 LIBRARY = {"gradcam": library.GradCAM, "gradcam++": library.GradCAMPlusPlus, "xgradcam": library.XGradCAM,
            "hirescam": library.HiResCAM, "layercam": library.LayerCAM, "elementwise": library.GradCAMElementWise,
@@ -420,6 +424,103 @@ def test_half_precision_gives_the_float32_heat_at_every_scale(dtype, factor, bac
 def test_a_map_without_contrast_is_cold_everywhere():
     assert cam.rescale(torch.full((1, 3, 3), 0.7)).eq(0).all()
     assert cam.rescale(torch.full((1, 3, 3), float("nan"))).eq(0).all()
+
+
+# --- networks of others, in their own loops
+
+
+def test_the_class_token_of_torchvisions_vit_is_left_out():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 64, num_classes=7).eval()
+    torch.nn.init.normal_(model.heads.head.weight)  # it starts at zero, where no heat is
+    layer, images = "encoder.layers.encoder_layer_1.ln_1", photographs(64)
+    with CAM(model, layer=layer) as explain:
+        heat = upsample(explain(model(images), classes=torch.tensor([3, 5])), 64)
+
+    def patches(tokens):
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    with library.GradCAM(model, [model.get_submodule(layer)], reshape_transform=patches) as theirs:
+        expected = theirs(images, [ClassifierOutputTarget(c) for c in (3, 5)])
+    assert heat.amax() == 1 and largest_difference(heat, expected).max() <= 1e-5
+
+
+class Tokens(torch.nn.Module):
+    """As Hugging Face's networks: images by name, layers that give tuples, an output that is an object.
+
+    first: tokens in front of the patches, of which the head reads the first, or where there is none the patches' mean.
+    """
+
+    def __init__(self, first):
+        super().__init__()
+        self.patches, self.mix = torch.nn.Conv2d(3, 8, 16, 16), Tupled(8)
+        self.first, self.head = torch.nn.Parameter(torch.randn(1, first, 8)), torch.nn.Linear(8, 7)
+
+    def forward(self, labels=None, pixel_values=None):
+        patches = self.patches(pixel_values).flatten(2).transpose(1, 2)
+        tokens, _ = self.mix(torch.cat([self.first.expand(len(patches), -1, -1), patches], dim=1))
+        tokens = tokens + tokens.mean(1, keepdim=True)
+        return types.SimpleNamespace(logits=self.head(tokens[:, 0] if self.first.numel() else tokens.mean(1)))
+
+
+class Tupled(torch.nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, width)
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, torch.nn.DataParallel, lambda net: net.requires_grad_(False)],
+                         ids=["as it is", "DataParallel", "frozen"])
+@pytest.mark.parametrize("first, height, width", [(0, 64, 64), (1, 64, 64), (2, 96, 96), (5, 64, 64), (1, 64, 128)])
+def test_tokens_in_front_of_the_patches_are_told_by_the_grid_that_is_left(first, height, width, wrap):
+    torch.manual_seed(0)
+    net, images = Tokens(first), torch.randn(2, 3, height, width)
+    with CAM(wrap(net), layer="mix") as explain:
+        heat = explain(net(labels=torch.tensor([1, 2]), pixel_values=images).logits)
+        kept = explain.activations[0].detach()
+        assert torch.equal(explain.grid(kept).flatten(2), kept[:, first:].transpose(1, 2))
+    assert heat.shape == (2, height // 16, width // 16) and heat.amax() == 1
+
+
+def test_a_layer_in_front_of_one_that_works_in_place_has_the_heat_that_it_has_without():
+    heats = []
+    for inplace in (False, True):
+        for frozen in (False, True):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(inplace), torch.nn.AdaptiveAvgPool2d(2),
+                                        torch.nn.Flatten(), torch.nn.Linear(32, 4)).requires_grad_(not frozen)
+            with CAM(model, "xgradcam", "0") as explain:
+                heats.append(explain(model(torch.randn(2, 3, 12, 12))))
+    assert heats[0].amax() == 1 and all(torch.equal(heat, heats[0]) for heat in heats)
+
+
+def test_heat_that_is_asked_of_the_wrong_thing_or_too_late_is_an_error_that_says_so():
+    model, images = network("test_resnet"), torch.randn(2, 3, 64, 64)
+    with CAM(model, layer="layer3") as explain:
+        logits = model(images)
+        for wrong, found in ((images, r"\[2, 3, 64, 64\]"), (logits[:, 0], r"\[2\]"), (logits[:1], r"\[1, 7\]"),
+                             (types.SimpleNamespace(logits=logits), "SimpleNamespace")):
+            with pytest.raises(ValueError, match=rf"expected the logits of that pass, \[2, classes\]; found .*{found}"):
+                explain(wrong)
+        earlier = logits
+        logits = model(images)
+        with pytest.raises(ValueError, match="name a layer that the logits depend on"):
+            explain(earlier)
+        F.cross_entropy(logits, torch.tensor([1, 2])).backward()
+        with pytest.raises(ValueError, match="ask before loss.backward()"):
+            explain(logits)
+        with pytest.raises(ValueError, match=r"expected a forward pass of images, \[B, 3, H, W\]"):
+            model(images[0])
+
+
+def test_a_layer_whose_patches_nothing_reads_is_refused():
+    model, images = network("test_vit"), photographs(160)
+    with CAM(model, layer="blocks.5") as explain, pytest.raises(ValueError, match="behind layer blocks.5 a class token"):
+        explain(model(images))
+    config = {"model": "test_vit", "cam": "gradcam", "layer": "blocks.5", "image_size": 160}
+    with pytest.raises(UserError, match="--cam gradcam with test_vit with images of 160x160: behind layer blocks.5"):
+        try_network(config, model)
 
 
 @pytest.mark.slow

@@ -3,11 +3,18 @@
 import csv
 import re
 
+import numpy as np
 import pytest
+import torch
+import torchvision
+from PIL import Image
 from scipy import stats
+from sklearn.datasets import load_digits
 
-from engine import settings
+import train
+from engine import metrics, settings
 from engine.files import UserError
+from engine.folder import open_run, read_predictions
 from study import figures, pages
 
 HERE = settings.HERE
@@ -86,6 +93,62 @@ def test_the_readme_names_the_programs_and_the_tables_of_today():
             source = (HERE / file).read_text(encoding="utf-8")
             for name in re.findall(r"`(\w+)`", names):
                 assert re.search(rf"^\s*(?:def {name}\(|{name} = )", source, re.MULTILINE), f"{name} in {file}"
+
+
+# --- the code of docs/use.md ------------------------------------------------------------------------------------------
+
+ALONE, NETWORK, EXPORT, ONNX = re.findall(r"```python\n(.*?)```", (HERE / "docs" / "use.md").read_text("utf-8"), re.S)
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory):
+    """A folder with a run, as runs/NAME, an image of its test part, as cat.png, and what the page's lines made there:
+    (folder, {name: value})."""
+    folder, names = tmp_path_factory.mktemp("use"), {}
+    words = "--epochs 1 --cam none --train-fraction 0.2 --name NAME --out".split()
+    assert train.main([*words, str(folder / "runs")]) == 0
+    number = int(open_run(folder / "runs" / "NAME").split["test"][0])
+    grey = np.rint(255 * load_digits().images[number] / 16).astype(np.uint8)
+    Image.fromarray(grey).save(folder / "cat.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(NETWORK, names)
+    return folder, names
+
+
+def test_the_pages_lines_predict_what_the_run_did(used):
+    folder, names = used
+    found = read_predictions(folder / "runs" / "NAME")
+    assert names["about"]["classes"][names["number"]] == str(found["test_logits"][0].argmax())
+    assert names["confidence"].item() == pytest.approx(metrics.softmax(found["test_logits"][:1]).max(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_page_exports_the_network_and_checks_it(used, monkeypatch):
+    folder, names = used
+    monkeypatch.chdir(folder)
+    exec(EXPORT, dict(names))
+    assert (folder / "network.pt2").stat().st_size > 1e5
+
+
+@pytest.mark.slow
+def test_the_page_writes_onnx_and_checks_it(used, monkeypatch):
+    pytest.importorskip("onnxscript", reason="writing ONNX needs onnxscript, of tests/requirements.txt")
+    pytest.importorskip("onnxruntime", reason="reading ONNX needs onnxruntime, of tests/requirements.txt")
+    folder, names = used
+    monkeypatch.chdir(folder)
+    made = {"images": torch.randn(2, 3, names["size"], names["size"]), "batch": torch.export.Dim("batch")}
+    exec(ONNX, names | made)
+    assert (folder / "network.onnx").exists()
+
+
+def test_the_page_explains_torchvisions_vit_within_training(monkeypatch):
+    names, net = {}, torchvision.models.VisionTransformer(224, 16, 12, 2, 32, 64, num_classes=10)
+    torch.nn.init.normal_(net.heads.head.weight)  # torchvision's starts at zero, where no heat is
+    monkeypatch.setattr(torchvision.models, "vit_b_16", lambda num_classes: net)
+    exec(ALONE, names)
+    assert names["heat"].shape == (2, 224, 224) and names["heat"].amax((1, 2)).eq(1).all()
+    assert names["net"].conv_proj.weight.grad.abs().sum() > 0
 
 
 # --- the figures of the pages --------------------------------------------------------------------------------------

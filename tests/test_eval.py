@@ -1,6 +1,9 @@
 """eval.py: figures and pictures of a run, and the heat of a network in any image."""
 
+import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,14 @@ import pytest
 import torch
 from conftest import hash_folder
 from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score
 
 import eval as evaluation
 import proxy
 import train
-from engine import metrics
+from engine import checkpoint, metrics
+from engine.folder import open_run, read_predictions
 
 REPOSITORY = Path(evaluation.__file__).parent
 LITE0 = REPOSITORY.parent / "shared" / "weights" / "tf_efficientnet_lite0.safetensors"
@@ -113,7 +118,122 @@ def test_a_run_in_a_folder_that_is_closed_to_writing_is_printed_and_left_as_it_i
     assert hash_folder(folder) == before
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small run on digits."""
+    out = tmp_path_factory.mktemp("runs")
+    words = "--epochs 1 --cam none --train-fraction 0.2 --name r --out".split()
+    assert train.main([*words, str(out)]) == 0
+    return out / "r"
+
+
+def test_another_checkpoint_is_judged_and_nothing_is_written(run, tmp_path, capsys):
+    folder = tmp_path / "r"
+    shutil.copytree(run, folder)
+    state = checkpoint.load_checkpoint(folder / "best.pt")
+    state["model"] |= {"fc.weight": torch.zeros(10, 96), "fc.bias": torch.eye(10)[3]}  # it says 3 to everything
+    checkpoint.save_checkpoint(folder / "best.pt", state)
+    before, labels = hash_folder(folder), read_predictions(folder)["test_labels"]
+    capsys.readouterr()
+    assert evaluation.main([str(folder), "--checkpoint", "best"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{(labels == 3).mean():.4f}" in shown and "judged with best.pt" in shown and hash_folder(folder) == before
+    assert metrics_of(folder)["test"]["accuracy"] != (labels == 3).mean()
+
+
+# Another labelled folder.
+
+
+@pytest.fixture
+def scans(run, tmp_path):
+    """The test images of digits 1 to 8 as files in class folders, the scans themselves: (folder, their numbers)."""
+    images, labels = load_digits(return_X_y=True)
+    numbers = [i for i in map(int, open_run(run).split["test"]) if 1 <= labels[i] <= 8]
+    for i in numbers:
+        (tmp_path / "new" / str(labels[i])).mkdir(parents=True, exist_ok=True)
+        grey = np.rint(255 * images[i].reshape(8, 8) / 16).astype(np.uint8)
+        Image.fromarray(grey).save(tmp_path / "new" / str(labels[i]) / f"{i}.png")
+    return tmp_path / "new", numbers
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_another_labelled_folder_is_judged_as_the_same_images_were_in_the_run(run, scans, capsys):
+    (folder, numbers), found = scans, read_predictions(run)
+    logits = dict(zip(map(int, found["test_ids"]), found["test_logits"]))
+    labels = load_digits().target
+    right = [logits[i].argmax() == labels[i] for i in numbers]
+    capsys.readouterr()
+    assert evaluation.main([str(run), "--data-dir", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"accuracy +{np.mean(right):.4f}\n", shown) and "8 of 10 classes" in shown
+    assert "classes that it lacks, which count as 0 in averages called macro: 0, 9\n" in shown
+    rows = {int(Path(row["image"]).stem): row for row in rows_of(run / "predictions.csv")}
+    assert {i: (row["true"], row["predicted"]) for i, row in rows.items()} == {
+        i: (str(labels[i]), str(logits[i].argmax())) for i in numbers}
+    assert all(float(rows[i]["confidence"]) == pytest.approx(metrics.softmax(logits[i][None]).max(), abs=2e-4)
+               for i in numbers)
+
+
+def test_classes_and_images_of_another_folder_that_cannot_be_judged_are_named(run, scans, capsys):
+    folder, numbers = scans
+    (folder / "1").rename(folder / "one")
+    (folder / "8" / "broken.png").write_bytes(b"\x89PNG")
+    count = len(list((folder / "one").iterdir()))
+    capsys.readouterr()
+    assert evaluation.main([str(run), "--data-dir", str(folder)]) == 2
+    shown = capsys.readouterr()
+    assert "lacks, which count as 0 in averages called macro: 0, 1, 9" in shown.out
+    assert f"does not know, left out: one ({count} images)" in shown.out
+    assert "8/broken.png (" in shown.out and re.search(r"\naccuracy +0", shown.out)
+    assert f"1 of {len(numbers) - count + 1} images cannot be read" in shown.err and shown.err.count("\n") == 1
+    assert len(rows_of(run / "predictions.csv")) == len(numbers) - count
+    for each in folder.iterdir():
+        each.rename(folder / f"digit {each.name}")
+    assert evaluation.main([str(run), "--data-dir", str(folder)]) == 2
+    assert "no image of a class of" in capsys.readouterr().err
+
+
+def test_of_a_folder_with_parts_the_test_part_alone_is_judged(run, scans, capsys):
+    folder, _ = scans
+    for part, digits in (("train", "12"), ("test", "34")):
+        for digit in digits:
+            (folder / part).mkdir(exist_ok=True)
+            (folder / digit).rename(folder / part / digit)
+    for digit in "5678":
+        shutil.rmtree(folder / digit)
+    kept, every = (len(list(folder.glob(f"{part}/*/*"))) for part in ("test", "*"))
+    assert evaluation.main([str(run), "--data-dir", str(folder)]) == 0
+    assert f"{kept} of {every} images, its test part alone, 2 of 10 classes" in capsys.readouterr().out
+
+
 # Any images.
+
+
+def test_of_a_folder_of_images_the_broken_and_hidden_are_named_and_the_others_predicted(run, scans, tmp_path, capsys):
+    (folder, numbers), found = scans, read_predictions(run)
+    odd, kept = tmp_path / "odd", [path for path in sorted(folder.rglob("*.png"))[:2]]
+    (odd / "__MACOSX").mkdir(parents=True)
+    for number, path in enumerate(kept):
+        path.rename(odd / f"{number}-{path.name}")
+    for name in ("._0.png", "__MACOSX/0.png", ".hidden.jpg"):
+        (odd / name).write_bytes(b"Mac OS X")
+    (odd / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    capsys.readouterr()
+    assert evaluation.main([str(run), "--image", str(odd), "--cam", "center", "--out", str(tmp_path / "sheets")]) == 2
+    shown = capsys.readouterr()
+    assert len(list((tmp_path / "sheets").iterdir())) == 2
+    for name in ("._0.png", "__MACOSX/0.png", ".hidden.jpg", "cut.jpg"):
+        assert re.search(rf"passed over: .*{re.escape(name)} \(", shown.out)
+    assert "1 of 3 images cannot be read" in shown.err and "cut.jpg" in shown.err and shown.err.count("\n") == 1
+    logits = dict(zip(map(int, found["test_ids"]), found["test_logits"]))
+    for row, path in zip(rows_of(run / "predictions.csv"), kept):
+        predicted, confidence = logits[int(path.stem)].argmax(), metrics.softmax(logits[int(path.stem)][None]).max()
+        assert row["image"].endswith(path.name) and row["predicted"] == str(predicted)
+        assert float(row["confidence"]) == pytest.approx(confidence, abs=2e-4)
+        assert f"{row['image']}: {predicted} ({confidence:.2f})" in shown.out
 
 
 @pytest.fixture(scope="session")
@@ -158,6 +278,9 @@ def test_image_sheets_need_no_run(photographs, tmp_path, capsys):
     (["--model", "resnet18"], "--model goes with --image"), (["r", "--out", "o"], "--out goes with --image"),
     (["--image", "a.jpg"], "name one run, or a network with --model"),
     (["r", "s", "--image", "a.jpg"], "name one run, or a network with --model"),
+    (["r", "--data-dir", "d", "--image", "a.jpg"], "--data-dir: name one run"),
+    (["r", "s", "--data-dir", "d"], "--data-dir: name one run"), (["r", "--checkpoint", "first"], "invalid choice"),
+    (["--model", "m", "--image", "a.jpg", "--checkpoint", "best"], "--checkpoint goes with a run"),
     (["r", "--weights", "w.pt", "--image", "a.jpg"], "--weights goes with --model"),
     (["r", "--colour"], "unknown option '--colour'"), (["r"], "r: not a run's folder"),
 ])

@@ -19,7 +19,7 @@ from engine.network import build_network
 from engine.settings import HERE
 
 LEFT = [".lock", "best.pt", "config.json", "confusion.png", "curves.png", "env.json", "last.pt", "log.jsonl",
-        "metrics.json", "predictions.npz", "previous.pt", "reliability.png", "sheet.png", "split.json"]
+        "metrics.json", "network.json", "predictions.npz", "previous.pt", "reliability.png", "sheet.png", "split.json"]
 PART = ("--train-fraction", "0.3")
 STEPS = 6  # of an epoch on that part of the digits, with 64 images each
 
