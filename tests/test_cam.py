@@ -516,7 +516,7 @@ def test_heat_that_is_asked_of_the_wrong_thing_or_too_late_is_an_error_that_says
 
 def test_a_layer_whose_patches_nothing_reads_is_refused():
     model, images = network("test_vit"), photographs(160)
-    with CAM(model, layer="blocks.5") as explain, pytest.raises(ValueError, match="behind layer blocks.5 a class token"):
+    with CAM(model, layer="blocks.5") as explain, pytest.raises(ValueError, match="behind layer blocks.5 a class"):
         explain(model(images))
     config = {"model": "test_vit", "cam": "gradcam", "layer": "blocks.5", "image_size": 160}
     with pytest.raises(UserError, match="--cam gradcam with test_vit with images of 160x160: behind layer blocks.5"):
