@@ -183,7 +183,7 @@ def labelled(opened, folder):
                                                "classes": None, "cache": "off"})
     numbers = np.array([classes.index(name) if name in classes else -1 for name in found.classes])[found.labels]
     part = "test" if found.parts and "test" in found.parts else None
-    kept = [i for i, number in enumerate(numbers) if number >= 0 and part in (None, found.parts[i])]
+    kept = [i for i, number in enumerate(numbers) if number >= 0 and (part is None or found.parts[i] == part)]
     missing = [name for name in classes if name not in found.classes]
     unknown = [f"{name} ({int((found.labels == i).sum())} images){files.nearest(name, missing)}"
                for i, name in enumerate(found.classes) if name not in classes]

@@ -475,9 +475,10 @@ class Tupled(torch.nn.Linear):
 @pytest.mark.parametrize("first, height, width", [(0, 64, 64), (1, 64, 64), (2, 96, 96), (5, 64, 64), (1, 64, 128)])
 def test_tokens_in_front_of_the_patches_are_told_by_the_grid_that_is_left(first, height, width, wrap):
     torch.manual_seed(0)
-    net, images = Tokens(first), torch.randn(2, 3, height, width)
-    with CAM(wrap(net), layer="mix") as explain:
-        heat = explain(net(labels=torch.tensor([1, 2]), pixel_values=images).logits)
+    net, images = wrap(Tokens(first)), torch.randn(2, 3, height, width)
+    with CAM(net, layer="mix") as explain:
+        logits = net(labels=torch.tensor([1, 2]), pixel_values=images).logits
+        heat = explain(logits)
         kept = explain.activations[0].detach()
         assert torch.equal(explain.grid(kept).flatten(2), kept[:, first:].transpose(1, 2))
     assert heat.shape == (2, height // 16, width // 16) and heat.amax() == 1
