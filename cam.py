@@ -187,8 +187,8 @@ class CAM:
         self.names = {module: name for name, module in self.model.named_modules()}
         self.prefix = getattr(self.model, "num_prefix_tokens", 0)
         self.prefixes = (self.prefix, 0) if hasattr(self.model, "num_prefix_tokens") else range(MOST_PREFIX + 1)
-        self.layer, self._hooks, self._parts, self._reached, self.min_grid = None, [], [], False, MIN_GRID
-        self._awaited = None
+        self.layer, self._hooks, self._parts, self._awaited, self.min_grid = None, [], [], None, MIN_GRID
+        self.checked = False
         if method == "cam" or method in ATTENTION:
             self._parts.append(_engine().Head(self) if method == "cam" else _engine().Attention(self, layer))
         if layer is not None and not (isinstance(layer, str) and FROM_END.fullmatch(layer)):
@@ -354,8 +354,8 @@ class CAM:
             if gradients:
                 gradient, = gradients([self.activations[0]])
                 G = self.grid(gradient)[rows]
-                self._reached = self._reached or bool(G.any())  # not asked again: the device has to answer
-                if not self._reached and gradient.any():
+                self.checked = self.checked or bool(G.any())  # not asked again: the device has to answer
+                if not self.checked and gradient.any():
                     raise ValueError(f"behind layer {self.layer_name} a class token is read, and no patch: name one "
                                      "before, as the first norm of the last block")
             weighted = WEIGHTS[self.method](A, G).to(A.dtype) * A

@@ -107,7 +107,7 @@ def training_of(model="test_resnet", cam_name="gradcam", device=DEVICE, **change
     if device == DEVICE:
         t.optimizer.defaults["fused"], t.optimizer.step = True, lambda: None  # it would need the kernels themselves
     if t.proxy.explain is not None:
-        for part in t.proxy.explain._parts:
+        for part in (t.proxy.explain, *t.proxy.explain._parts):
             part.checked = True  # asked once a run
     return t
 
