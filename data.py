@@ -25,13 +25,17 @@ from engine.classes import PART_OF_FOLDER, absent, contents, find, walk
 from engine.dataset import ALL_LEVELS, Dataset, Names, natural_order
 from engine.files import UserError, nearest
 from engine.loader import normalise, sent, to_float
+from engine.table import read_rows
 
+EXCEPT = "except:"  # in front of the --classes that are left out
 
 def load_dataset(config):
     """The `Dataset` of a resolved config, its content hashed. UserError where it is not there as its entry has it."""
     name, entry, root = config["dataset"], config["dataset_entry"], Path(config["data_dir"] or ".")
     if entry["layout"] != "digits" and not os.path.isdir(root):
         raise UserError(missing(name, entry, absent(root)))
+    if config.get("csv"):
+        entry = entry | {"csv": entry["csv"] | {"file": os.path.abspath(config["csv"])}}
     dataset = LAYOUTS[entry["layout"]](name, entry, root)
     dataset.levels = config.get("levels", ALL_LEVELS)
     cache.set_digests(dataset, config)
@@ -39,8 +43,13 @@ def load_dataset(config):
 
 
 def only(dataset, text):
-    """The dataset with some classes alone: their names with commas between, in quotes where a name has a comma."""
+    """The dataset with some classes alone: their names with commas between, in quotes where a name has a comma.
+
+    With "except:" in front, all but these. A class may be called that too: then it is the class.
+    """
     names = next(csv.reader([text], skipinitialspace=True), [])
+    but = text.startswith(EXCEPT) and names[0] not in dataset.classes
+    names = next(csv.reader([text.removeprefix(EXCEPT)], skipinitialspace=True), []) if but else names
     for name in names:
         if name in dataset.lost:
             raise UserError(f"--classes: the folder of class {name} holds no image; there is {dataset.lost[name]}")
@@ -48,9 +57,9 @@ def only(dataset, text):
             listed = f"; it has {', '.join(dataset.classes[:10])} …"
             raise UserError(f"--classes: dataset {dataset.name} has no class {name!r}"
                             f"{nearest(name, dataset.classes) or listed}")
-    classes = [c for c in dataset.classes if c in names]
+    classes = [c for c in dataset.classes if (c in names) != but]
     if len(classes) < 2:
-        raise UserError(f"--classes: expected at least two classes, found {', '.join(names) or 'none'}")
+        raise UserError(f"--classes: expected at least two classes, found {', '.join(classes) or 'none'}")
     numbers = np.array([dataset.classes.index(c) for c in classes])  # rising, as both are in one order
     kept = np.flatnonzero(np.isin(dataset.labels, numbers))
     return dataset.keep(kept.tolist(), classes, np.searchsorted(numbers, dataset.labels[kept]))
@@ -100,46 +109,17 @@ def folders(name, entry, root):
 def table(name, entry, root):
     """A CSV file with a row per image. `entry["csv"]`: file, and the columns that hold path, label, split and group.
 
-    columns: their names where the file has none. delimiter: "," by default; " " for any number of spaces. classes:
-    {value of the label column: class}. parts: {value of the split column: "train", "val" or "test"}, if it has others.
+    A path is relative to `root`; where no such file is there, it may be a name or an id, without folders and ending.
+    columns: their names where the file has none. delimiter: " " for any number of spaces; if it is not given, the one
+    of comma, semicolon, tab and bar that gives the columns. classes: {value of the label column: class}. parts: {value
+    of the split column: "train", "val" or "test"}, if it has others. Where path or label is not named, what is not
+    named is guessed, and printed.
     """
-    spec, words = entry["csv"], PART_OF_FOLDER | entry["csv"].get("parts", {})
-    path, rows = root / spec["file"], []
+    path = root / entry["csv"]["file"]
     if not path.is_file():
         raise UserError(missing(name, entry, f"no {path.resolve()}"))
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, spec.get("columns"), delimiter=spec.get("delimiter", ","), skipinitialspace=True)
-        columns = reader.fieldnames or []
-        named = [spec[key] for key in ("path", "label", "split", "group") if spec.get(key)]
-        if absent := [column for column in named if column not in columns]:
-            raise UserError(f"{path}: no column {absent[0]!r}; it has {', '.join(columns) or 'none'}. Name the columns "
-                            f"in configs.json, datasets.{name}.csv.")
-        for row in reader:
-            try:
-                rows.append(_row(row, spec, words))
-            except ValueError as error:
-                raise UserError(f"{path}, line {reader.line_num}: {error}.") from None
-    absent = [r[0] for r in rows if not os.path.lexists(root / r[0])]
-    if len(absent) > len(rows) / 2:  # the column or the folder is wrong; a few are images that cannot be used
-        raise UserError(f"{path} names {len(absent)} images that are not there, the first {root / absent[0]}.")
-    return _from_rows(name, root, rows, official=bool(spec.get("split")))
-
-
-def _row(row, spec, words):
-    """(path, class, part, group) of a CSV's row. Raises ValueError."""
-    part = words.get((row[spec["split"]] or "").strip().lower()) if spec.get("split") else None
-    if spec.get("split") and part is None:
-        raise ValueError(f"split {row[spec['split']]!r}; expected train, val or test")
-    text, label = row[spec["path"]], row[spec["label"]]
-    if not text or not label:
-        raise ValueError("empty path or label")
-    image = Path(text)
-    if image.is_absolute() or ".." in image.parts:
-        raise ValueError(f"{image} leads out of the CSV's folder; expected a path relative to that")
-    if spec.get("classes") and label not in spec["classes"]:
-        raise ValueError(f"label {label!r}; the csv.classes of configs.json has {', '.join(spec['classes'])}")
-    group = row[spec["group"]] if spec.get("group") else None
-    return image.as_posix(), spec.get("classes", {}).get(label, label), part, group
+    rows = read_rows(path, entry["csv"], root, PART_OF_FOLDER, lambda: _walk(root)[0])
+    return _from_rows(name, root, rows, official=any(part for _, _, part, _ in rows))
 
 
 def torchvision_class(name, entry, root):

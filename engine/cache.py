@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from engine.dataset import ALL_LEVELS, LEVELS, Names, Pixels, read_file
+from engine.display import progress
 from engine.files import UserError, lock, write_atomically
 from engine.loader import RESIDENT_BYTES, Checked, Decoded
 
@@ -158,8 +158,8 @@ def _decode_all(dataset, size, path, workers, new=False):
         if file:
             file.seek(0)
             header(file, len(dataset))
-        batches, largest = track(loader, "decoding", transient=True, disable=len(dataset) < 1000), 0
-        for number, (images, wrong, value) in enumerate(batches):
+        largest = 0
+        for number, (images, wrong, value) in enumerate(progress(loader, f"decoding {len(dataset)} images, batch")):
             largest = max(largest, value)
             bad.update((number * loader.batch_size + i, text) for i, text in enumerate(wrong) if text is not None)
             if file and images is not None:
@@ -267,4 +267,4 @@ def digests_of(dataset, indices=None):
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         hashes = pool.map(digest, indices)
-        return list(track(hashes, "reading", len(indices), transient=True, disable=len(indices) < 5000))
+        return list(progress(hashes, "reading images", len(indices)))

@@ -1,4 +1,4 @@
-"""What is shown of a run while it runs: a progress bar where the output is a terminal, and a line per epoch."""
+"""What is shown of a run while it runs: a line per epoch, and within it a bar, or now and then a line in a file."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine import ranks
 
 SECONDS = 0.5  # the display asks for the device's counts this often
+FIRST_LINE, LINES = 5, 30  # seconds, where there is no terminal: to the first line of `progress`, and between any two
 console = Console(highlight=False, quiet=ranks.RANK > 0)
 
 
@@ -27,14 +28,30 @@ def use_any_console():
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def progress(batches, text):
-    return track(batches, text, len(batches), console=console, transient=True, disable=not console.is_terminal)
+def progress(items, text, total=None):
+    """Yield the items, of which there are `total`, by default their length."""
+    total = len(items) if total is None else total
+    if console.is_terminal:
+        yield from track(items, text, total, console=console, transient=True)
+        return
+    due = time.monotonic() + FIRST_LINE
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() > due:
+            due = time.monotonic() + LINES
+            console.print(f"{text}: {number} of {total}", markup=False, soft_wrap=True)
 
 
 def show(batches, epoch, stage, counts):
     """Yield an epoch's batches, with a display of the stage where the output is a terminal."""
     if not console.is_terminal:
-        yield from batches
+        due = time.monotonic() + LINES
+        for step, batch in enumerate(batches, batches.order.start + 1):
+            yield batch
+            if time.monotonic() > due and not console.quiet:
+                due = time.monotonic() + LINES
+                console.print(f"epoch {epoch + 1}/{stage.end}  step {step}/{len(batches)}  {describe(counts.lately())}",
+                              markup=False, soft_wrap=True)
         return
     columns = (TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[state]}"))

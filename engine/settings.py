@@ -13,6 +13,7 @@ import data
 import proxy
 from engine.files import UserError, nearest, read_json
 from engine.split import PARTS
+from engine.table import read_columns
 
 HERE = Path(__file__).resolve().parent.parent  # the project's folder
 CONFIGS = HERE / "configs.json"
@@ -68,9 +69,15 @@ WHEN, IMAGES, PIXELS, INSTEAD, CONTROLS = (f"Proxy Attention: {what}" for what i
     "when", "which images", "which pixels", "what instead, and in which seats", "control"))
 
 SETTINGS = {
-    "dataset": Setting(str, DATA, "a dataset of configs.json, or `folder` with --data-dir"),
+    "dataset": Setting(str, DATA, "a dataset of configs.json, or `folder`, as --data-dir or --csv alone mean"),
     "data_dir": Setting(str, DATA, "the dataset's folder, if not the one configs.json names", optional=True),
-    "classes": Setting(str, DATA, "the only classes to use, with commas between (null: all)", optional=True),
+    "csv": Setting(str, DATA, "a CSV file with a row per image: a path relative to --data-dir, or else to the file's "
+                   "folder; or an id, without folder and ending", optional=True),
+    "csv_columns": Setting(str, DATA, "its columns, as path=FILE,label=BREED,split=PART,group=PLACE; 1, 2, 3 … where "
+                           "it has no header (null: guessed where there is no doubt)", optional=True,
+                           syntax=read_columns),
+    "classes": Setting(str, DATA, "the only classes to use, with commas between, or except:A,B (null: all)",
+                       optional=True),
     "image_size": Setting(int, DATA, "side of the square images (null: as the dataset)", 8, 4096, optional=True),
     "train_fraction": Setting(float, DATA, "share of the training part to train on, stratified", TINY, 1),
     "skip_bad": Setting(bool, DATA, "leave out images that cannot be used; without, they end the run at its start"),
@@ -212,7 +219,7 @@ DATASET = {
     "augment": {"flip": bool, "rotate": number(0, 180), "shift": number(0, 1)},
     "digits?": {"images": Setting(int, "", "", 30, 1797), "contrast": number(0, 1), "noise": number(0, 10)},
     "package?": {"module": str, "folder": str, "install": str},
-    "csv?": {"file": str, "path": str, "label": str, "split?": str, "group?": str, "columns?": texts,
+    "csv?": {"file": str, "path?": str, "label?": str, "split?": str, "group?": str, "columns?": texts,
              "delimiter?": delimiter, "classes?": {"*": str}, "parts?": {"*": one_of(*PARTS)}},
     "torchvision?": {"class": torchvision_class, "parts": {"train": dict, "val?": dict, "test?": dict}}}
 
@@ -266,7 +273,14 @@ def resolve(configs, options):
     if chosen["dataset"] not in known:
         raise UserError(f"unknown dataset {chosen['dataset']!r}; configs.json has {', '.join(known)}"
                         f"{nearest(chosen['dataset'], known)}")
+    placed = next((key for key in ("csv", "data_dir") if chosen[key]), None)  # images of one's own
+    if placed and known[chosen["dataset"]]["layout"] == "digits":
+        if "dataset" in options:
+            raise UserError(f"{option(placed)}: the images of dataset {chosen['dataset']} come with scikit-learn; give "
+                            "--dataset folder to train on your own")
+        chosen["dataset"] = "folder"
     dataset = known[chosen["dataset"]]
+    dataset = _with_csv(dataset, chosen | dataset.get("settings", {}) | options)
     name = {**chosen, **dataset.get("settings", {}), **options}["model"]
     model = configs["models"].get(name, {"timm": name})
     if name not in configs["models"]:
@@ -278,15 +292,29 @@ def resolve(configs, options):
     config = {**configs["defaults"], **dataset.get("settings", {}), **model.get("settings", {}), **options}
     config = {key: config[key] for key in SETTINGS} | {"dataset": chosen["dataset"], "model": name}
     config["image_size"] = config["image_size"] or dataset["image_size"]
+    if config["csv"] and not config["data_dir"]:
+        config["data_dir"] = str(Path(config["csv"]).parent)
     config["data_dir"] = config["data_dir"] or (str(HERE / dataset["path"]) if dataset["path"] else None)
     if config["data_dir"] is None and "package" in dataset:
         config["data_dir"] = _package_folder(config["dataset"], dataset["package"])
     if config["dataset"] == "folder" and config["data_dir"] is None:
-        raise UserError("dataset folder: name the folder of class folders with --data-dir DIR")
+        raise UserError("dataset folder: name the folder of class folders with --data-dir DIR, or give --csv FILE")
     check_agreement(config, options)
     entries = {name: {key: value for key, value in entry.items() if key != "settings"}
                for name, entry in (("dataset_entry", dataset), ("model_entry", model))}
     return {"format": FORMAT} | config | entries
+
+
+def _with_csv(entry, chosen):
+    """A dataset's entry with --csv, whose file `config["csv"]` names, and --csv-columns; without these as it is."""
+    if chosen["csv_columns"] and not chosen["csv"]:
+        raise UserError("--csv-columns goes with --csv FILE")
+    if not chosen["csv"]:
+        return entry
+    if entry["layout"] not in ("folders", "csv"):
+        raise UserError(f"--csv: dataset {chosen['dataset']} is no folder of images; leave --dataset out")
+    columns = read_columns(chosen["csv_columns"] or "")
+    return entry | {"layout": "csv", "csv": entry.get("csv", {}) | {"file": Path(chosen["csv"]).name} | columns}
 
 
 def _package_folder(name, package):
