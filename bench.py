@@ -26,6 +26,8 @@ import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out under PYTHONSAFEPATH
+
 import timm
 import torch
 from scipy import stats

@@ -67,7 +67,8 @@ def only(dataset, text):
 
 def missing(name, entry, what):
     """The message for a dataset that is not where it should be."""
-    source = f" Get it: {entry['source']}; or" if entry.get("source") else " Put it there, or"
+    known = entry.get("source") and name != "folder"
+    source = f" Get it: {entry['source']}; or" if known else " Put it there, or"
     end = "" if what.endswith("?") else "."
     return f"dataset {name}: {what}{end}{source} name its folder with --data-dir DIR."
 
@@ -116,7 +117,7 @@ def table(name, entry, root):
     named is guessed, and printed.
     """
     path = root / entry["csv"]["file"]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(missing(name, entry, f"no {path.resolve()}"))
     rows = read_rows(path, entry["csv"], root, PART_OF_FOLDER, lambda: _walk(root)[0])
     return _from_rows(name, root, rows, official=any(part for _, _, part, _ in rows))

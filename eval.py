@@ -22,6 +22,8 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out under PYTHONSAFEPATH
+
 import numpy as np
 import torch
 
@@ -32,6 +34,9 @@ from engine.dataset import image_extensions, natural_order, reason
 from engine.files import UserError
 from engine.folder import open_run, read_predictions
 from engine.launch import Parser, program
+
+
+FEW = 20  # classes whose figures `describe` lists
 
 
 def figures(opened, found):
@@ -71,6 +76,17 @@ def describe(folder, result, checkpoint="last"):
     judged = "judged after the last" if checkpoint == "last" else f"judged with {checkpoint}.pt"
     lines = [f"{folder}: {result['epochs']} epochs, {judged}; best on validation was {result['best_epoch']}",
              *table({part: result[part] for part in parts})]
+    by_class = {files.one_line(name): value for name, value in test["per_class"].items()}
+    if len(by_class) <= FEW:
+        width = max(22, *(len(name) + 2 for name in by_class))
+        lines += ["", f"{'test, by class':{width}}{'images':>12}{'precision':>12}{'recall':>12}{'f1':>12}"]
+        lines += [f"{name:{width}}{value['images']:>12}"
+                  + "".join(f"{value[key]:>12.4f}" for key in ("precision", "recall", "f1"))
+                  for name, value in by_class.items()]
+    else:
+        worst = min(by_class, key=lambda name: by_class[name]["f1"])
+        lines += ["", f"by class: test.per_class in {folder}/metrics.json, for {len(by_class)} classes; the lowest f1 "
+                      f"is that of {worst}, {by_class[worst]['f1']:.4f}"]
     if "clean_test" in parts:
         lines += ["", "--decoy: squares show the true class in val and another in test; clean_test has none"]
     if "groups" in test:

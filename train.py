@@ -2,7 +2,8 @@
 
     python train.py                                            # scikit-learn's digits, a small residual network
     python train.py --dataset asl --model vit_small --cam gradcam++
-    python train.py --dataset folder --data-dir DIR            # any folder of class folders
+    python train.py FOLDER                                     # any folder of class folders
+    python train.py --csv FILE                                 # any CSV with paths of images and labels
     python train.py --cam none                                 # the same run without Proxy Attention
     python train.py --mode staged --rounds 3                   # erase between trainings, and keep the images on disk
     python train.py --dry-run --show                           # settings, split, network, a sheet of fills and controls
@@ -17,6 +18,9 @@ come from `configs.json`; each is an option here.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out under PYTHONSAFEPATH
 
 import torch
 
@@ -119,8 +123,8 @@ def main(arguments=None):
         return 2
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):  # it died
-            show_error(UserError("a process that decodes images was killed, most often because memory ran out: give "
-                                 "fewer with --workers"), ready)
+            show_error(UserError("a process that decodes images was killed, most often because memory ran out, or "
+                                 "shared memory (/dev/shm): give fewer with --workers"), ready)
         elif ready and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             show_error(out_of_memory(ready.config, ready.folder, ready.device), ready)
         else:

@@ -20,7 +20,7 @@ import torch
 from engine.dataset import ALL_LEVELS, LEVELS, Names, Pixels, read_file
 from engine.display import progress
 from engine.files import UserError, lock, write_atomically
-from engine.loader import RESIDENT_BYTES, Checked, Decoded
+from engine.loader import RESIDENT_BYTES, Checked, Decoded, end_if_lost
 
 VERSION = 1  # of `dataset.to_rgb` and of the files here: other pixels need another number
 LEAST_FREE = 0.5  # of the disk's free space, --cache auto takes at most this much
@@ -147,7 +147,7 @@ def _decode_all(dataset, size, path, workers, new=False):
     new: of a new run, which finds the dataset's `levels`; where they are fewer, all is decoded once more with these.
     """
     loader = torch.utils.data.DataLoader(Checked(dataset, np.arange(len(dataset)), size), batch_size=32,
-                                         num_workers=workers, collate_fn=Checked.collate)
+                                         num_workers=workers, collate_fn=Checked.collate, worker_init_fn=end_if_lost)
     bad = {}
 
     def header(file, count):
@@ -163,7 +163,7 @@ def _decode_all(dataset, size, path, workers, new=False):
             largest = max(largest, value)
             bad.update((number * loader.batch_size + i, text) for i, text in enumerate(wrong) if text is not None)
             if file and images is not None:
-                file.write(images.numpy())
+                file.write(images)
         if file and bad:  # the header's length leaves room for any count
             file.seek(0)
             header(file, len(dataset) - len(bad))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.files import UserError, cannot_write, short_reason, write_atomically
-from engine.settings import HERE, PER_MACHINE, SETTINGS
+from engine.settings import HERE, MOVED, PER_MACHINE, SETTINGS
 
 
 def save_checkpoint(path, state):
@@ -108,7 +108,7 @@ def check_made_with(folder, there, now, any_code):
         values = ((key, *(json.dumps(each[part].get(key)) for each in (there, now))) for key in keys[:3])
         return ", ".join(f"{key} {before}, not {after}" for key, before, after in values)
 
-    if keys := differing("settings", [*SETTINGS, "dataset_entry", "model_entry"]):
+    if keys := differing("settings", [k for k in (*SETTINGS, "dataset_entry", "model_entry") if k not in MOVED]):
         refuse(f"made with other settings than config.json has: {pairs('settings', keys)}. Put it back, or start anew")
     if there["classes"] != now["classes"] or there["dataset"] != now["dataset"]:
         what = "classes" if there["classes"] != now["classes"] else "images"

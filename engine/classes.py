@@ -116,7 +116,7 @@ def absent(root):
     """Why `root` is no folder, for messages, and the nearest name of what lies beside it."""
     path = os.path.abspath(root)
     if os.path.isfile(path):
-        return f"{path} is a file; expected a folder, so unpack it if it is an archive"
+        return f"{path} is a file: unpack an archive, and give a CSV of labels to --csv"
     if os.path.islink(path):
         return f"{path} is a link to {os.readlink(path)}, which is not there"
     with contextlib.suppress(OSError):

@@ -138,6 +138,9 @@ def cells(configs, name, given):
                 options[key] = str(needs)
         if options.get("init") and "weights" not in own:  # those given for all are where the arms without it start
             options.pop("weights", None)
+        for key in set(settings.MOVED) - set(given):  # as --data-dir has it, or else as a path of configs.json
+            if options.get(key) and not os.path.exists(options[key]) and os.path.exists(settings.HERE / options[key]):
+                options[key] = str(settings.HERE / options[key])
         if given.get("cache", "auto") == "auto":  # decoded images are shared by the experiment, and with runs beside it
             options["cache"] = str(place.parent / ".cache")
         found.setdefault(cell_name, Cell(label, seed, options, place / cell_name, needs))

@@ -6,6 +6,8 @@ half of one. Reading a file runs nothing that lies in it.
 
 import contextlib
 import difflib
+import errno
+import getpass
 import hashlib
 import json
 import logging
@@ -18,6 +20,14 @@ from pathlib import Path
 import numpy as np
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its own cache may be closed to it: that is nobody's business
+
+
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems say that cannot sync this
+
+try:
+    getpass.getuser()
+except (KeyError, OSError, ImportError):  # a container's user id without a name, for which torch asks as it is imported
+    os.environ["USER"] = "user"
 
 
 class UserError(Exception):
@@ -44,6 +54,12 @@ def nearest(word, known):
     return f". Did you mean {near[0]!r}?" if near else ""
 
 
+def named(text):
+    """Raise ValueError for what names nothing, as a variable of the shell that is not set: it must not go unnoticed."""
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{text!r}: expected the name of a file or folder")
+
+
 def short_reason(error):
     """The first line of what a library raised."""
     return str(error).splitlines()[0] if str(error) else repr(error)
@@ -60,7 +76,7 @@ def write_atomically(path, write, sync_name=True):
         with open(temporary, "w+b") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -74,14 +90,24 @@ def write_atomically(path, write, sync_name=True):
         sync_folder(path.parent)
 
 
+def sync(descriptor):
+    """Wait until an open file or folder is on the disk; for a folder not all file systems can (CIFS, FUSE, 9p)."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+
+
 def sync_folder(folder):
     """Make sure that names just written to a folder are on the disk, where the system can."""
     if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+        with contextlib.suppress(PermissionError):  # one that may be written to and not be read
+            opened = os.open(folder, os.O_RDONLY)
+            try:
+                sync(opened)
+            finally:
+                os.close(opened)
 
 
 def cannot_write(path, error):
@@ -120,7 +146,7 @@ def append_bytes(path, content):
         with open(path, "ab") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
     except OSError as error:
         raise cannot_write(path, error) from None
 

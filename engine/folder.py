@@ -51,7 +51,8 @@ class Run:
         dataset = data.load_dataset(self.config).without(self.split["skipped"])
         if dataset.fingerprint != self.split["fingerprint"]:
             raise UserError(f"dataset {dataset.name} in {dataset.root} is not the one that {self.folder} was made "
-                            "with: images, names or classes differ")
+                            "with: images, names or classes differ. Where that lies elsewhere now, --resume with "
+                            "--data-dir DIR goes on")
         if self.config["decoy"]:
             dataset.decoy = draw_decoy(dataset, self.split, self.config["seed"])
         return dataset
@@ -142,7 +143,10 @@ def hold(folder):
 def make_folder(config):
     """A folder for the run, new or with no more than LEFT; a name nobody asked for gets a number where it is taken."""
     asked, out = config["name"], Path(config["out"])
-    base = asked or f"{config['dataset']}-{config['model'].replace('/', '_')}-{config['cam']}-s{config['seed']}"
+    images = config["dataset"]
+    if images == "folder":  # file systems take 255 bytes in all
+        images = files.safe_name(Path(config["data_dir"]).resolve().name).encode()[:100].decode(errors="ignore")
+    base = asked or f"{images}-{config['model'].replace('/', '_')}-{config['cam']}-s{config['seed']}"
     for number in itertools.count(1):
         config["name"] = base if number == 1 else f"{base}-{number}"
         folder = out / config["name"]

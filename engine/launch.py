@@ -38,9 +38,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}. See python {self.prog} --help")
 
-    def parse(self, arguments):
-        """{option: value} of those given; UserError for an unknown one that names the nearest."""
+    def parse(self, arguments, alone=None):
+        """{option: value} of those given; UserError for an unknown one that names the nearest.
+
+        alone: the option whose value one word may be that stands by itself, or None.
+        """
         given, unknown = self.parse_known_args(arguments)
+        if alone and len(unknown) == 1 and not unknown[0].startswith("-") and alone not in given:
+            setattr(given, alone, unknown.pop())
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             self.error(f"unknown option {unknown[0]!r}{files.nearest(unknown[0], known)}")
@@ -71,7 +76,7 @@ COMMAND = ("resume", "any_code", "dry_run", "show", "experiment", "cell", "jobs"
 def parse(arguments, text):
     """(settings given, other options) from the command line; one option per entry of `SETTINGS`. text: of --help."""
     defaults = settings.read_configs()["defaults"]
-    parser = Parser(prog="train.py", usage="%(prog)s [option …]", description=text, allow_abbrev=False,
+    parser = Parser(prog="train.py", usage="%(prog)s [FOLDER] [option …]", description=text, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Datasets and models of configs.json "
                     "may bring settings of their own, which come before these defaults.")
     command = parser.add_argument_group("command")
@@ -92,9 +97,12 @@ def parse(arguments, text):
         groups[setting.group].add_argument(option(key), default=argparse.SUPPRESS, help=about, **kind)
     command.add_argument("--same-step", dest="step", action="store_const", const="same_step", default=argparse.SUPPRESS,
                         help="the same as --step same_step")
-    given = parser.parse(arguments)
+    given = parser.parse(arguments, "data_dir")
     if empty := [key for key, text in given.items() if isinstance(text, list)]:  # what argparse makes of --key=--
         raise UserError(f"{option(empty[0])}: expected a value. See python train.py --help")
+    run = given.get("data_dir", os.devnull)
+    if all(os.path.isfile(os.path.join(run, name)) for name in ("config.json", "split.json")):
+        raise UserError(f"{run} is a run's folder: --resume goes on with it, and python eval.py shows it")
     other = {key: given.pop(key) for key in COMMAND}
     _check_command(other)
     return {key: _typed(key, text) for key, text in given.items()}, other
@@ -233,19 +241,32 @@ def resume(path, options):
     if ranks.RANK == 0 and os.path.isfile(path / "config.json"):
         folder.hold(path)
     opened = folder.open_run(path)
-    other = [key for key in options if key not in ("device", "workers", "cache")]
+    moved = moved_to(opened.config, options)
+    other = [key for key in options if key not in ("device", "workers", "cache", *moved)]
     if other:
         raise UserError(f"--resume goes on with the settings of {path}: leave out {option(other[0])}, or start anew")
     if ranks.RANK == 0:
         files.sweep(path)
+    opened.config |= moved
     config = opened.config | options
     device, dataset = network.pick_device(config["device"]), opened.dataset()
+    if moved and ranks.RANK == 0:  # it is the same dataset
+        files.write_json(path / "config.json", opened.config)
     network.set_switches(config, device)
     if ranks.LOCAL_RANK == 0:
         cache.keep_digests(dataset)
     if network.pick_amp(config["amp"], device) != "off" and device.type == "cpu":
         console.print(f"{path}: goes on in {config['amp']}, as it began; on a CPU that is slow", soft_wrap=True)
     return Ready(config, opened.folder, dataset, opened.split, None, device)
+
+
+def moved_to(config, options):
+    """{setting: value} of where a run's images lie now; a CSV file that lay among them has moved with them."""
+    found = {key: options[key] for key in settings.MOVED if options.get(key) and config[key]}
+    if "data_dir" in found and config["csv"] and "csv" not in found:
+        inside = os.path.relpath(config["csv"], config["data_dir"])
+        found |= {} if inside.startswith("..") else {"csv": os.path.join(found["data_dir"], inside)}
+    return found
 
 
 def start_together(options, other, train):

@@ -9,6 +9,9 @@ import collections
 import hashlib
 import io
 import math
+import multiprocessing.queues
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,6 +24,8 @@ from engine.decoy import swatch
 from engine.files import UserError
 
 RESIDENT_BYTES = 2**30  # decoded images stay on the device where they take at most this much
+SHARED = "/dev/shm"  # where processes of Linux hand over tensors; 64 MB in a container of Docker
+SPARE = 2  # times what one loader needs there: another one, or another run, may be at work
 
 
 class Decoded(torch.utils.data.Dataset):
@@ -70,10 +75,28 @@ class Checked(Decoded):
 
     @staticmethod
     def collate(items):
-        """A batch: uint8 tensor [those that can be read, size, size, 3]; for all what is wrong or None; the largest."""
+        """A batch: uint8 array [those that can be read, size, size, 3]; for all what is wrong or None; the largest."""
         images = [image for image, wrong, _ in items if wrong is None]
-        pixels = torch.from_numpy(np.stack(images)) if images else None
-        return pixels, [wrong for _, wrong, _ in items], max(largest for *_, largest in items)
+        return np.stack(images) if images else None, [wrong for _, wrong, _ in items], max(top for *_, top in items)
+
+
+def as_arrays(items):
+    """A batch of `Decoded` as arrays, which processes send through a pipe: slower than tensors in shared memory."""
+    images, labels = zip(*items)
+    return np.stack([image.numpy() for image in images]), np.array(labels, dtype=np.int64)
+
+
+def fits_shared(needed):
+    """Whether shared memory has room for so many bytes; also where it has no place of its own, as outside of Linux."""
+    try:
+        return shutil.disk_usage(SHARED).free > SPARE * needed
+    except OSError:
+        return True
+
+
+def end_if_lost(_):
+    """In a process that decodes: end where a batch cannot be sent, for which the other side would wait for ever."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 
 class Order:
@@ -135,9 +158,11 @@ class Batches:
         few = len(ids) * size * size * 3 <= RESIDENT_BYTES
         self.ahead = device.type == "cuda" or not few
         if self.pixels is None or self.pixels.size != size:
+            at_once = (2 * workers + 1) * batch_size * size * size * 3  # DataLoader prepares two batches a process
             self.loader = torch.utils.data.DataLoader(
                 Decoded(dataset, self.indices, size), batch_sampler=self.order, num_workers=workers,
-                pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+                pin_memory=device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=end_if_lost,
+                collate_fn=None if fits_shared(at_once) else as_arrays)
         elif few and device.type != "cpu":
             self.resident = torch.from_numpy(self.pixels.take(self.indices)).to(device)
             self.labels = self.labels.to(device)
@@ -164,7 +189,7 @@ class Batches:
         host = self.loader if self.loader is not None else ahead(self._taken()) if self.ahead else self._taken()
         try:
             for images, labels in host:
-                yield self._sent(images, labels)
+                yield self._sent(torch.as_tensor(images), torch.as_tensor(labels))
         except UserError as error:  # without the traceback that a DataLoader's worker wraps it in
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 

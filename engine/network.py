@@ -299,13 +299,16 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             _check_kernels(device)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({short_reason(error)}). Try --device cpu") from None
+    except (RuntimeError, AssertionError) as error:  # torch goes on about its builds behind the first sentence
+        reason = short_reason(error).split(". ")[0]
+        raise UserError(f"--device {name}: not to be had here ({reason}). Try --device cpu") from None
     return device
 
 

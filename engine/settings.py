@@ -11,7 +11,7 @@ from pathlib import Path
 import cam
 import data
 import proxy
-from engine.files import UserError, nearest, read_json
+from engine.files import UserError, named, nearest, read_json
 from engine.split import PARTS
 from engine.table import read_columns
 
@@ -70,9 +70,10 @@ WHEN, IMAGES, PIXELS, INSTEAD, CONTROLS = (f"Proxy Attention: {what}" for what i
 
 SETTINGS = {
     "dataset": Setting(str, DATA, "a dataset of configs.json, or `folder`, as --data-dir or --csv alone mean"),
-    "data_dir": Setting(str, DATA, "the dataset's folder, if not the one configs.json names", optional=True),
-    "csv": Setting(str, DATA, "a CSV file with a row per image: a path relative to --data-dir, or else to the file's "
-                   "folder; or an id, without folder and ending", optional=True),
+    "data_dir": Setting(str, DATA, "the dataset's folder, if not the one configs.json names", optional=True,
+                        syntax=named),
+    "csv": Setting(str, DATA, "a CSV file with a row per image: a path relative to --data-dir, or else to its own "
+                   "folder; or an id, without folder and ending", optional=True, syntax=named),
     "csv_columns": Setting(str, DATA, "its columns, as path=FILE,label=BREED,split=PART,group=PLACE; 1, 2, 3 … where "
                            "it has no header (null: guessed where there is no doubt)", optional=True,
                            syntax=read_columns),
@@ -84,7 +85,8 @@ SETTINGS = {
     "decoy": Setting(bool, DATA, "plant a shortcut: a coloured corner shows the class, in the test another one"),
     "model": Setting(str, NETWORK, "a short name of configs.json or any timm name"),
     "pretrained": Setting(bool, NETWORK, "start from timm's pretrained weights where it has them"),
-    "weights": Setting(str, NETWORK, "start from a local .safetensors or .pth file instead", optional=True),
+    "weights": Setting(str, NETWORK, "start from a local .safetensors or .pth file instead", optional=True,
+                       syntax=named),
     "init": Setting(str, NETWORK, "start from the network of the finished run in this folder and keep its split; "
                     "classes are matched by name", optional=True),
     "epochs": Setting(int, TRAINING, "passes over the training part", 1, 100_000),
@@ -131,10 +133,11 @@ SETTINGS = {
     "compile": Setting(bool, MACHINE, "torch.compile the network"),
     "deterministic": Setting(bool, MACHINE, "the same bits on a GPU too, at some cost in speed"),
     "out": Setting(str, MACHINE, "folder that the runs' folders go into"),
-    "name": Setting(str, MACHINE, "the run's name (null: dataset-model-cam-sSEED)", optional=True),
+    "name": Setting(str, MACHINE, "the run's name (null: dataset-model-cam-sSEED, or FOLDER-model…)", optional=True),
 }
 
 PER_MACHINE = ("name", "out", "device", "workers", "cache")  # settings that leave what is trained as it is
+MOVED = ("data_dir", "csv")  # may be others when a run goes on: the dataset's fingerprint tells whether it is the same
 OF_RUNS = ("init", "reweight", "heat_from")  # name the folder of another run
 STAGED_ONLY, ONLINE_ONLY = ("rounds", "target_accuracy"), ("step", "heat_from")
 # Settings that mean nothing where --cam is none.

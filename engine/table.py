@@ -49,7 +49,10 @@ def read_rows(path, spec, root, words, images):
 
 def read_text(path):
     """The text of a file as spreadsheets write it, and what to print of its encoding, or None. Raises UserError."""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         encodings = ["utf-16"]
     elif b"\0" in content[:2]:  # half of the first character, without a mark of the order

@@ -211,6 +211,26 @@ def test_classes_keeps_only_those_in_the_datasets_order(asl):
 def test_classes_with_a_comma_are_named_in_quotes(tmp_path):
     draw_classes(tmp_path, ["Pug, old", "Boxer", "Spitz"], 3)
     assert load("folder", tmp_path, '"Pug, old",Boxer').classes == ["Boxer", "Pug, old"]
+    assert load("folder", tmp_path, 'except:"Pug, old"').classes == ["Boxer", "Spitz"]
+
+
+def test_classes_can_leave_some_out(tmp_path):
+    draw_classes(tmp_path, ["A", "B", "C", "except:A"], 3)
+    assert load("folder", tmp_path, "except:C, B").classes == ["A", "except:A"]
+    assert load("folder", tmp_path, "except:A,B").classes == ["B", "except:A"]  # a class that is called so
+    with pytest.raises(UserError, match="no class 'D'"):
+        load("folder", tmp_path, "except:D")
+    with pytest.raises(UserError, match="at least two classes, found C"):
+        load("folder", tmp_path, "except:B,A,except:A")
+
+
+def test_a_folder_that_is_not_there_comes_with_the_nearest_and_a_file_with_what_it_may_be(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(UserError, match=r"no folder .*/foto\. Put it there.*--data-dir DIR\. Did you mean 'photos'\?$"):
+        load("folder", tmp_path / "foto")
+    with pytest.raises(UserError, match="photos.zip is a file: unpack an archive, and give a CSV of labels to --csv"):
+        load("folder", tmp_path / "photos.zip")
 
 
 def test_digits_that_are_parts_are_the_same_images():

@@ -99,6 +99,19 @@ def test_eval_prints_the_metrics_again_and_rewrites_them_identically(trained):
 
 
 @pytest.mark.slow
+def test_few_classes_have_a_line_each_and_many_are_where_the_text_says(trained):
+    run = trained("--train-fraction", "0.1", epochs=1)
+    result = metrics_of(run)
+    text = evaluation.describe(run, result)
+    for name, figures in result["test"]["per_class"].items():
+        cells = [str(figures["images"]), *(f"{figures[key]:.4f}" for key in ("precision", "recall", "f1"))]
+        assert [name, *cells] in [line.split() for line in text.splitlines()]
+    many = {f"class\n{i}": {"images": 3, "precision": 0.5, "recall": 0.25, "f1": 0.1 + i / 100} for i in range(21)}
+    result["test"]["per_class"] = many
+    text = evaluation.describe(run, result)
+    assert f"test.per_class in {run}/metrics.json, for 21 classes; the lowest f1 is that of class\\n0, 0.1000" in text
+
+
 def test_several_runs_are_printed_one_after_the_other(trained, capsys):
     folders = [str(trained("--cam", cam, epochs=1)) for cam in ("none", "gradcam")]
     capsys.readouterr()

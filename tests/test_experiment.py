@@ -161,6 +161,20 @@ def test_a_cells_command_line_gives_its_settings(written, tmp_path):
         assert settings.resolve(CONFIGS, given) == cell.config(CONFIGS)
 
 
+def test_a_relative_data_dir_starts_from_here_or_else_from_the_programs_folder(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "HERE", tmp_path / "program")
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "program/there", "program/here"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "program" / "labels.csv").touch()
+    arms = {arm: {"data_dir": place} for arm, place in (("a", "here"), ("b", "there"), ("c", "gone"))}
+    arms["d"] = {"csv": "labels.csv"}
+    written(tiny={"arms": arms, "seeds": [0]})
+    found = {cell.arm: cell.options for cell in cells_of("tiny", {})}
+    assert [found[arm].get("data_dir") for arm in "abc"] == ["here", str(tmp_path / "program" / "there"), "gone"]
+    assert found["d"]["csv"] == str(tmp_path / "program" / "labels.csv")
+
+
 def test_weights_for_all_are_where_the_arms_that_start_from_no_other_begin(written):
     written(tiny=CHAIN)
     found = {c.arm: c.options.get("weights") for c in cells_of("tiny", {"weights": "w.pth"})}

@@ -1,6 +1,9 @@
 """engine/files.py: files that are complete or not there, and any text as a file's name."""
 
+import errno
+import getpass
 import os
+import runpy
 
 import pytest
 import torch
@@ -97,3 +100,63 @@ def test_any_text_makes_a_file_name_of_its_own_that_stays_in_its_folder(tmp_path
         (tmp_path / f"{name}.jpg").write_text(name)
         assert (tmp_path / f"{name}.jpg").resolve().parent == tmp_path.resolve() and not name.startswith((".", " "))
     assert len(os.listdir(tmp_path)) == len(NAMES)
+
+
+# Machines that cannot do what others can.
+
+
+def failing(number):
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_sync_is_written_to_all_the_same(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", failing(number))
+    files.write_json(tmp_path / "a.json", [1])
+    files.append_line(tmp_path / "log.jsonl", {"epoch": 1})
+    assert files.read_json(tmp_path / "a.json") == [1] and files.read_lines(tmp_path / "log.jsonl") == [{"epoch": 1}]
+
+
+def test_a_disk_that_fails_to_sync_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    for write in (files.write_json, files.append_line):
+        with pytest.raises(UserError, match="cannot be written"):
+            write(tmp_path / "a", [1])
+
+
+def test_a_folder_that_may_not_be_read_is_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", failing(errno.EACCES))
+    files.sync_folder(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+def test_without_hard_links_the_checkpoint_before_is_a_copy(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(number))
+    (tmp_path / "last.pt").write_text("1")
+    checkpoint.keep_previous(tmp_path / "last.pt", tmp_path / "previous.pt")
+    assert (tmp_path / "previous.pt").read_text() == "1" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_without_locks_a_run_is_not_refused(number, tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "lockf", failing(number))
+    files.lock(tmp_path / ".lock").close()
+    files.lock(tmp_path / ".lock", wait=True).close()
+
+
+@pytest.mark.parametrize("raised", [KeyError("uid not found: 54321"), OSError("no name")])
+def test_a_user_id_without_a_name_gets_one_for_torch(raised, monkeypatch):
+    def without_name():
+        raise raised
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(getpass, "getuser", without_name)
+        runpy.run_path(files.__file__)
+    assert getpass.getuser() == "user"

@@ -62,7 +62,7 @@ def test_a_run_made_with_64_settings_opens_with_todays(opened, capsys):
     assert config["format"] == settings.FORMAT == 2
     assert (config["augment"], config["schedule"], config["mode"]) == ("light,cutmix:1.0", "every:2", "online")
     assert data.read_augment(config["augment"]) == ("light", {"cutmix": 1.0})
-    kept = set(settings.SETTINGS) - {"augment", "step"}
+    kept = set(settings.SETTINGS) - {"augment", "step", "csv", "csv_columns"}
     assert {key: config[key] for key in kept} == {key: FORMAT_1[key] for key in kept}
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
@@ -146,6 +146,17 @@ def test_a_name_that_nobody_asked_for_gets_a_number_where_it_is_taken(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made .*; choose another --out"):
         folder.make_folder(config | {"out": str(tmp_path / "file")})
+
+
+@pytest.mark.parametrize("images, expected", [("pets/photos", "photos"), ("a b: c", "a b%3A c"),
+                                              ("猫" * 80, "猫" * 33)])
+def test_a_run_on_a_folder_carries_the_folders_name(images, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / images).mkdir(parents=True)
+    config = settings.resolve(settings.read_configs(), {"data_dir": images, "out": "runs"})
+    assert folder.make_folder(config).name == f"{expected}-resnet18-gradcam-s0"
+    config = settings.resolve(settings.read_configs(), {"csv": f"{images}/labels.csv", "out": "runs", "seed": 1})
+    assert folder.make_folder(config).name == f"{expected}-resnet18-gradcam-s1"
 
 
 def test_a_log_is_cut_to_the_epochs_of_the_checkpoint(tmp_path):

@@ -1,12 +1,15 @@
 """engine/launch.py: the command line of train.py, what is refused before anything is written, and a dry run."""
 
 import re
+import runpy
+import shutil
+import sys
 
 import pytest
-from conftest import hash_folder
+from conftest import draw_classes, draw_letter, hash_folder
 
 import train
-from engine import launch, settings
+from engine import folder, launch, settings
 
 COMMAND = re.compile(r"(?:torchrun [^#]*)?(?:python )?train\.py")
 
@@ -50,6 +53,17 @@ def test_help_begins_with_commands_of_one_line_each(capsys):
         assert line.startswith("    ") and len(COMMAND.findall(line)) == 1 and len(line) <= 120, line
 
 
+@pytest.mark.parametrize("program", ["train", "eval", "report", "bench"])
+def test_a_program_finds_its_own_modules_where_python_does_not_look_beside_it(program, monkeypatch):
+    """As under PYTHONSAFEPATH=1. Its first other import fails here, which is all of the program that runs."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(settings.HERE))])
+    for name in ("torch", "numpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        runpy.run_path(str(settings.HERE / f"{program}.py"))
+    assert sys.path[0] == str(settings.HERE)
+
+
 # What is refused.
 
 
@@ -74,11 +88,16 @@ def test_help_begins_with_commands_of_one_line_each(capsys):
     (["--mode", "resplit"], "--mode resplit draws a new split at each p"),
     (["--warmup", "2"], "unknown option '--warmup'"),
     (["--any-code"], "--any-code goes with --resume"), (["--show"], "--show goes with --dry-run"),
+    (["tests", "engine"], "unknown option 'tests'"), (["nowhere"], "no folder"),
+    (["tests", "--data-dir", "engine"], "unknown option 'tests'"),
+    (["--data-dir", ""], "--data-dir '': expected the name"), ([""], "--data-dir '': expected the name of a file or"),
+    (["--csv= "], "--csv ' ': expected the name"), (["--weights="], "--weights '': expected the name"),
+    (["--device", "mps:7"], "--device mps:7: not to be had here ("), (["--device", "meta"], "--device meta: not to be"),
 ])
 def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
     assert train.main([*arguments, "--out", str(tmp_path / "runs")]) == 2
     shown = capsys.readouterr().err
-    assert message in shown and shown.count("\n") == 1 and shown.startswith("train.py: ")
+    assert message in shown and shown.count("\n") == 1 and shown.startswith("train.py: ") and len(shown) < 400
     assert not (tmp_path / "runs").exists()
 
 
@@ -105,6 +124,70 @@ def test_a_run_goes_on_with_the_settings_it_has(trained, capsys):
     assert train.main(["--resume", str(folder), "--lr", "1"]) == 2
     assert "leave out --lr" in capsys.readouterr().err
     assert train.main(["--resume", str(folder), "--device", "cpu", "--workers", "0", "--cache", "off"]) == 0
+
+
+# A dataset that lies elsewhere now.
+
+
+TINY = ("--model", "test_resnet", "--no-pretrained", "--image-size", "32", "--batch-size", "8", "--workers", "0",
+        "--device", "cpu", "--out", "runs", "--name", "run")
+
+
+def unfinished(*arguments):
+    """A run after one epoch of two."""
+    assert train.main([*arguments, *TINY, "--epochs", "2"]) == 0
+    for name in ("metrics.json", "predictions.npz"):
+        folder.Path("runs", "run", name).unlink()
+    shutil.copy("runs/run/previous.pt", "runs/run/last.pt")
+
+
+def test_a_run_goes_on_where_its_dataset_lies_now_and_remembers_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_classes(tmp_path / "one", "AB", 8)
+    unfinished("one")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert train.main(["--resume", "runs/run"]) == 2
+    assert "name its folder with --data-dir DIR" in capsys.readouterr().err
+    assert train.main(["--resume", "runs/run", "--data-dir", "two"]) == 0
+    assert "epoch 2/2" in (shown := capsys.readouterr().out) and "epoch 1/2" not in shown
+    assert folder.open_run("runs/run").config["data_dir"] == "two" and train.main(["--resume", "runs/run"]) == 0
+
+
+def test_a_run_does_not_go_on_with_another_dataset(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_classes(tmp_path / "one", "AB", 8)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    draw_letter("C", 1).save(tmp_path / "two" / "A" / "A3.jpg")
+    unfinished("one")
+    before = (tmp_path / "runs" / "run" / "config.json").read_bytes()
+    assert train.main(["--resume", "runs/run", "--data-dir", "two"]) == 2
+    assert "two is not the one that runs/run was made with" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "run" / "config.json").read_bytes() == before
+
+
+def test_a_csv_moves_with_its_images_or_is_named_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_classes(tmp_path / "one", "AB", 8)
+    rows = "".join(f"{c}{i},{c}\n" for c in "AB" for i in range(1, 9))
+    (tmp_path / "one" / "labels.csv").write_text(f"id,label\n{rows}")
+    unfinished("--csv", "one/labels.csv")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert train.main(["--resume", "runs/run", "--data-dir", "two"]) == 0
+    assert folder.open_run("runs/run").config["csv"] == "two/labels.csv"
+    (tmp_path / "two" / "labels.csv").rename(tmp_path / "new.csv")
+    assert train.main(["--resume", "runs/run", "--csv", "new.csv"]) == 0
+
+
+def test_one_word_is_the_folder_unless_that_is_a_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert launch.parse(["photos", "--epochs", "3"], "")[0] == {"data_dir": "photos", "epochs": 3}
+    assert launch.parse(["--epochs", "3", "photos"], "")[0] == {"data_dir": "photos", "epochs": 3}
+    draw_classes(tmp_path / "photos", "AB", 8)
+    assert train.main(["photos", *TINY, "--epochs", "1"]) == 0
+    assert folder.open_run("runs/run").config["dataset"] == "folder"
+    capsys.readouterr()
+    assert train.main(["runs/run"]) == 2
+    assert "runs/run is a run's folder: --resume goes on with it" in capsys.readouterr().err
 
 
 # A dry run.

@@ -11,6 +11,7 @@ from conftest import draw_classes
 from PIL import Image
 from test_data import MEAN, STD, STRATIFIED, alike, load
 
+from engine import loader
 from engine.dataset import Dataset, Names, Pixels, to_rgb
 from engine.files import UserError
 from engine.loader import Batches, Order, ahead, pixels_of, prepare, sent
@@ -146,3 +147,43 @@ def test_a_copy_waits_on_apples_devices_alone(device, waits):
             return device, non_blocking
 
     assert sent(Tensor(), torch.device(device)) == (torch.device(device), not waits)
+
+
+# Shared memory.
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_batches_come_through_shared_memory_where_it_has_room_and_are_the_same(free, asl, monkeypatch):
+    dataset, sent_as = load("asl", asl), []
+    plain = list(Batches(dataset, dataset.ids, 32, 8, CPU))
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: type("", (), {"free": free}))
+    monkeypatch.setattr(loader, "as_arrays", lambda items, real=loader.as_arrays: sent_as.append(1) or real(items))
+    batches = Batches(dataset, dataset.ids, 32, 8, CPU, workers=0)
+    assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(plain, batches, strict=True))
+    assert bool(sent_as) == (free == 0)
+
+
+def test_where_there_is_no_such_place_it_has_room(monkeypatch):
+    monkeypatch.setattr(loader, "SHARED", "/nowhere")
+    assert loader.fits_shared(2**60)
+
+
+class Lost(torch.utils.data.Dataset):
+    """A batch of it cannot be sent to another process."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return index
+
+
+def as_lost(items):
+    return lambda: items
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_process_where_one_would_wait_for_ever():
+    batches = torch.utils.data.DataLoader(Lost(), batch_size=2, num_workers=1, collate_fn=as_lost, timeout=60,
+                                          worker_init_fn=loader.end_if_lost)
+    with pytest.raises(RuntimeError, match="DataLoader worker .* exited unexpectedly"):
+        list(batches)

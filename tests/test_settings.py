@@ -131,6 +131,16 @@ def test_a_listed_schedule_decides_how_many_epochs_there_are():
     assert settings.stage_epochs(staged) == [5, 10, 10, 10, 5] and staged["rounds"] == 4
 
 
+def test_a_folder_alone_is_trained_on_and_never_the_digits():
+    assert resolve(CONFIGS, {"data_dir": "photos"})["dataset"] == "folder"
+    assert resolve(CONFIGS, {"data_dir": "photos", "dataset": "asl"})["dataset"] == "asl"
+    assert resolve(changed("defaults.data_dir", "photos"), {})["dataset"] == "folder"
+    assert resolve(changed("defaults.dataset", "asl"), {"data_dir": "photos"})["dataset"] == "asl"
+    for name in ("digits", "noisy_digits"):
+        with pytest.raises(UserError, match=f"--data-dir: the images of dataset {name} come with scikit-learn"):
+            resolve(CONFIGS, {"data_dir": "photos", "dataset": name})
+
+
 def test_unknown_names_come_with_the_nearest_known():
     with pytest.raises(UserError, match="unknown dataset 'digit'.*Did you mean 'digits'"):
         resolve(CONFIGS, {"dataset": "digit"})

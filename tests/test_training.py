@@ -2,10 +2,13 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
+import pytest
 import timm
 import torch
 
+from engine import display
 from engine.training import flattened
 
 
@@ -62,3 +65,32 @@ def test_tensors_of_several_types_have_a_vector_each():
     assert [f.tolist() for f in flats] == [[1, 1, 2, 2, 2, 2], [0] * 6] and flattened([]) == []
     flats[1] += 1
     assert tensors[1].eq(1).all() and tensors[1].shape == (3, 2)
+
+
+# What is shown where there is no terminal.
+
+
+@pytest.mark.parametrize("seconds, shown", [(0, 4), (1000, 0)])
+def test_without_a_terminal_there_is_a_line_now_and_then(seconds, shown, monkeypatch, capsys):
+    for name in ("FIRST_LINE", "LINES"):
+        monkeypatch.setattr(display, name, seconds)
+    assert list(display.progress(iter("abcd"), "decoding", 4)) == list("abcd")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"decoding: {number} of 4" for number in range(1, shown + 1)]
+
+
+@pytest.mark.parametrize("seconds, shown", [(0, ["5/6", "6/6"]), (1000, [])])
+def test_without_a_terminal_an_epoch_says_how_far_it_is(seconds, shown, monkeypatch, capsys):
+    class Batches(list):
+        order = SimpleNamespace(start=4)
+
+        def __iter__(self):
+            return iter(self[4:])
+
+    line = {"train_loss": 1, "train_accuracy": 0.5, "misled": 0.5, "erased_images": 3, "images_seen": 8,
+            "train_seconds": 2}
+    monkeypatch.setattr(display, "LINES", seconds)
+    counts, stage = SimpleNamespace(lately=lambda: line), SimpleNamespace(start=0, end=9)
+    assert list(display.show(Batches("abcdef"), 1, stage, counts)) == ["e", "f"]
+    text = "  loss 1.000  accuracy 0.500  misled 50.0%  erased 3  4 images/s"
+    assert capsys.readouterr().out.splitlines() == [f"epoch 2/9  step {step}{text}" for step in shown]
