@@ -86,7 +86,9 @@ class Files:
 
     def matching(self, text):
         """The paths, relative to the root, that a text may mean: the one that it is, or those that end so."""
-        return [text] if text and os.path.lexists(self.root / text) else self.known.get(text.casefold(), [])
+        path = self.root / text
+        there = text and os.path.lexists(path) and not os.path.isdir(path)  # a class may be called as a folder is
+        return [text] if there else self.known.get(text.casefold(), [])
 
     def find(self, text):
         """The path that a text means; where there is none the text, which `absent` then has. Raises ValueError."""

@@ -134,7 +134,7 @@ TINY = ("--model", "test_resnet", "--no-pretrained", "--image-size", "32", "--ba
 
 
 def unfinished(*arguments):
-    """A run after one epoch of two."""
+    """A run after one epoch of two. Each test has a folder of another name: where one leads is asked once a process."""
     assert train.main([*arguments, *TINY, "--epochs", "2"]) == 0
     for name in ("metrics.json", "predictions.npz"):
         folder.Path("runs", "run", name).unlink()
@@ -155,27 +155,27 @@ def test_a_run_goes_on_where_its_dataset_lies_now_and_remembers_it(tmp_path, mon
 
 def test_a_run_does_not_go_on_with_another_dataset(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    draw_classes(tmp_path / "one", "AB", 8)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    draw_letter("C", 1).save(tmp_path / "two" / "A" / "A3.jpg")
-    unfinished("one")
+    draw_classes(tmp_path / "right", "AB", 8)
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    draw_letter("C", 1).save(tmp_path / "wrong" / "A" / "A3.jpg")
+    unfinished("right")
     before = (tmp_path / "runs" / "run" / "config.json").read_bytes()
-    assert train.main(["--resume", "runs/run", "--data-dir", "two"]) == 2
-    assert "two is not the one that runs/run was made with" in capsys.readouterr().err
+    assert train.main(["--resume", "runs/run", "--data-dir", "wrong"]) == 2
+    assert "wrong is not the one that runs/run was made with" in capsys.readouterr().err
     assert (tmp_path / "runs" / "run" / "config.json").read_bytes() == before
 
 
 def test_a_csv_moves_with_its_images_or_is_named_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw_classes(tmp_path / "one", "AB", 8)
+    draw_classes(tmp_path / "old", "AB", 8)
     rows = "".join(f"{c}{i},{c}\n" for c in "AB" for i in range(1, 9))
-    (tmp_path / "one" / "labels.csv").write_text(f"id,label\n{rows}")
-    unfinished("--csv", "one/labels.csv")
-    (tmp_path / "one").rename(tmp_path / "two")
-    assert train.main(["--resume", "runs/run", "--data-dir", "two"]) == 0
-    assert folder.open_run("runs/run").config["csv"] == "two/labels.csv"
-    (tmp_path / "two" / "labels.csv").rename(tmp_path / "new.csv")
-    assert train.main(["--resume", "runs/run", "--csv", "new.csv"]) == 0
+    (tmp_path / "old" / "labels.csv").write_text(f"id,label\n{rows}")
+    unfinished("--csv", "old/labels.csv")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert train.main(["--resume", "runs/run", "--data-dir", "new"]) == 0
+    assert folder.open_run("runs/run").config["csv"] == "new/labels.csv"
+    (tmp_path / "new" / "labels.csv").rename(tmp_path / "other.csv")
+    assert train.main(["--resume", "runs/run", "--csv", "other.csv"]) == 0
 
 
 def test_one_word_is_the_folder_unless_that_is_a_runs(tmp_path, monkeypatch, capsys):

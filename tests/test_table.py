@@ -74,6 +74,11 @@ def test_ids_without_folder_or_ending_are_found(name_of, pictures, tmp_path):
     assert labels_of(read(tmp_path)) == {f"p/{path}": name for path, name in ROWS}
 
 
+def test_a_label_that_a_folder_is_called_is_no_path(pictures):
+    rows = [(path[2:-4], path[0]) for path, _ in ROWS]
+    assert labels_of(read(pictures, lines_of([("id", "folder"), *rows]))) == {path: path[0] for path, _ in ROWS}
+
+
 def test_an_id_that_two_files_have_is_named_with_both(pictures):
     draw_letter("A", 77).save(pictures / "A1.png")
     with pytest.raises(files.UserError, match=r"labels.csv, line 2: A1 may be (A/A1.jpg or A1.png|A1.png or A/A1.jpg)"):
