@@ -37,6 +37,7 @@ import data
 import proxy
 import staged
 from engine import cache, checkpoint, costs, files, folder, launch, loader, network, predict, settings, training
+from engine.options import Parser, program
 from study import peers
 
 MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
@@ -372,7 +373,7 @@ BENCHES = {"cam": bench_cam, "step": bench_step, "train": bench_train, "staged":
 
 def parse(arguments):
     """The options of the command line. Raises UserError."""
-    parser = launch.Parser("bench.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser("bench.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(BENCHES), help="what to measure")
     parser.add_argument("--models", nargs="+", default=MODELS, help=f"networks (default: {' '.join(MODELS)})")
     parser.add_argument("--methods", nargs="+", default=["gradcam", "gradcam++"], choices=tuple(cam.METHODS),
@@ -391,7 +392,7 @@ def parse(arguments):
     return options
 
 
-@launch.program("bench.py")
+@program("bench.py")
 def main(arguments=None):
     """The command line."""
     options = parse(arguments)

@@ -29,11 +29,11 @@ import torch
 
 import cam
 import data
-from engine import cache, files, hooks, metrics, network, pictures, predict, settings
+from engine import cache, files, hooks, metrics, network, predict, settings
 from engine.dataset import image_extensions, natural_order, reason
 from engine.files import UserError
 from engine.folder import open_run, read_predictions
-from engine.launch import Parser, program
+from engine.options import Parser, program
 
 
 FEW = 20  # classes whose figures `describe` lists
@@ -105,6 +105,8 @@ def describe(folder, result, checkpoint="last"):
 
 def draw(opened, predictions, dataset, model, device):
     """All pictures of a run; without the dataset those that need no image. model: the run's, or None to open it."""
+    from engine import pictures  # matplotlib takes a second, that no dry run should wait for
+
     labels, logits = predictions["test_labels"], predictions["test_logits"]
     pictures.draw_confusion(opened.folder, labels, logits, opened.split["classes"])
     pictures.draw_reliability(opened.folder, labels, logits)
@@ -270,6 +272,8 @@ def open_network(options):
 
 def draw_images(options):
     """`--image`: the predicted class of each, and a sheet heat-NAME.png with its heat by each method."""
+    from engine import pictures
+
     config, model, classes = open_network(options)
     model = model.to(network.pick_device(options.device))
     methods = options.cam or [config["cam"] if config["cam"] != "none" else "gradcam"]

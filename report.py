@@ -19,7 +19,7 @@ import numpy as np
 
 from engine import experiment, metrics, network, settings
 from engine.files import UserError
-from engine.launch import Parser, program
+from engine.options import Parser, program
 from study import appendix, arms, comparison, explain, faithfulness, figures, statistics
 from study.figures import MEASURES, Picture, Section, Table, ends, number, points, span
 

@@ -22,12 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out under PYTHONSAFEPATH
 
+from engine import options
+
+if __name__ == "__main__":
+    options.answer_help(__doc__)
+
 import torch
 
 import eval as evaluation
 from engine import before, cache, experiment, files, launch, metrics, ranks
 from engine.costs import Counts, memory
-from engine.display import console, print_epoch, show, use_any_console
+from engine.display import console, print_epoch, show
 from engine.files import UserError
 from engine.fit import out_of_memory
 from engine.folder import read_log
@@ -101,16 +106,16 @@ def run_to_its_end(ready, stop, any_code):
 
 def main(arguments=None):
     """The command line; returns the exit status: 2 for what the user can mend, 128 and the number of a signal."""
-    use_any_console()
+    options.use_any_console()
     ready, other, stop = None, {}, ranks.Stop()
     try:
-        options, other = launch.parse(arguments, __doc__)
+        given, other = options.parse(arguments, __doc__)
         if other["experiment"]:
             if ranks.RANKS > 1:
                 raise UserError("--experiment: leave torchrun out; its runs have a process each")
-            return experiment.run_cells(other["experiment"], options, other["cell"], int(other["jobs"] or 1),
+            return experiment.run_cells(other["experiment"], given, other["cell"], int(other["jobs"] or 1),
                                         other["any_code"])
-        ready = launch.start_together(options, other, train)
+        ready = launch.start_together(given, other, train)
         if ready is None:
             return 0
         run_to_its_end(ready, stop, other["any_code"])

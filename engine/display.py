@@ -1,7 +1,5 @@
 """What is shown of a run while it runs: a line per epoch, and within it a bar, or now and then a line in a file."""
 
-import os
-import sys
 import time
 
 from rich.console import Console
@@ -12,20 +10,6 @@ from engine import ranks
 SECONDS = 0.5  # the display asks for the device's counts this often
 FIRST_LINE, LINES = 5, 30  # seconds, where there is no terminal: to the first line of `progress`, and between any two
 console = Console(highlight=False, quiet=ranks.RANK > 0)
-
-
-def use_any_console():
-    """Write what the console's encoding lacks as \\uNNNN, and nothing where there is no console: call this first."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: else the next file that is opened had its number, and would get what is printed
-            os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def progress(items, text, total=None):

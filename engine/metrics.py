@@ -5,7 +5,6 @@ Everything here follows from arrays and from the lines of `log.jsonl`: no networ
 
 import numpy as np
 from scipy import special
-from sklearn.metrics import accuracy_score, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
 PREDICTED = ("val", "test", "clean_test")  # the last under --decoy: the test without decoys
 LEAK = "validation images have been trained on; validation accuracy means nothing for new images"
@@ -39,17 +38,20 @@ def metrics(labels, logits, classes):
     counting as 0; balanced_accuracy leaves absent ones out. top5: None for up to 5 classes. brier: sum over classes of
     squared differences, mean over images, in [0, 2] (Brier 1950).
     """
+    import sklearn.metrics as known  # which takes a second, that no dry run should wait for
+
     probabilities, predicted, every = softmax(logits), logits.argmax(1), np.arange(len(classes))
-    precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
+    each = known.precision_recall_fscore_support(labels, predicted, labels=every, zero_division=0)
+    precision, recall, f1, support = each
     return {
         "images": len(labels),
-        "accuracy": float(accuracy_score(labels, predicted)),
+        "accuracy": float(known.accuracy_score(labels, predicted)),
         "balanced_accuracy": float(recall[support > 0].mean()),  # scikit-learn's warns where a class is absent
         "precision_macro": float(precision.mean()),
         "recall_macro": float(recall.mean()),
         "f1_macro": float(f1.mean()),
-        "top5": float(top_k_accuracy_score(labels, logits, k=5, labels=every)) if len(classes) > 5 else None,
-        "log_loss": float(log_loss(labels, probabilities, labels=every)),
+        "top5": float(known.top_k_accuracy_score(labels, logits, k=5, labels=every)) if len(classes) > 5 else None,
+        "log_loss": float(known.log_loss(labels, probabilities, labels=every)),
         "brier": float(np.mean(np.sum((probabilities - np.eye(len(classes))[labels]) ** 2, axis=1))),
         "ece": expected_calibration_error(probabilities.max(1), predicted == labels),
         "per_class": {name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i]),

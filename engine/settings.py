@@ -4,65 +4,17 @@
 """
 
 import importlib.util
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
-import cam
-import data
-import proxy
 from engine.files import UserError, named, nearest, read_json
-from engine.split import PARTS
-from engine.table import read_columns
+from engine.schema import (HERE, TINY, Keys, Setting, check, delimiter, imported, normalisation, number, one_of, split,
+                           texts, torchvision_class)
 
-HERE = Path(__file__).resolve().parent.parent  # the project's folder
 CONFIGS = HERE / "configs.json"
 FORMAT = 2  # of config.json: 1, which names no format, is that of runs made with 64 settings
 AUTO = "auto"
-TINY = 1e-9  # the lower end of ranges that exclude zero
-WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object",
-         list: "a list", type(None): "null"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a run: its type, where it stands in `--help` and what that says, what it may be.
-
-    The default is in `configs.json`. neutral: what a run had that was made before the setting existed.
-    """
-
-    kind: type
-    group: str
-    help: str
-    low: float | None = None
-    high: float | None = None
-    choices: tuple = ()
-    optional: bool = False  # may be null
-    word: str | None = None  # may be this word instead
-    syntax: object = None  # a function of the value that raises ValueError
-    neutral: object = None
-
-    def check(self, value, where):
-        """The value as it is used, or UserError that names `where` it stood."""
-        if value is None and self.optional or value is not None and value == self.word:
-            return value
-        if self.kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not self.kind:
-            raise UserError(f"{where}: {json.dumps(value)} is not {WORDS[self.kind]}{' or null' * self.optional}"
-                            + (f" or {self.word}" if self.word else ""))
-        if self.choices and value not in self.choices:
-            raise UserError(f"{where}: unknown {value!r}; expected one of {', '.join(self.choices)}"
-                            + nearest(value, self.choices))
-        if self.kind in (int, float) and not self.low <= value <= self.high:
-            raise UserError(f"{where}: {value} is out of range; expected between {self.low:g} and {self.high:g}")
-        if self.syntax:
-            try:
-                self.syntax(value)
-            except ValueError as error:
-                raise UserError(f"{where} {error}") from None
-        return value
-
+read_augment, read_schedule = imported("data", "read_augment"), imported("proxy", "read_schedule")
+read_columns = imported("engine.table", "read_columns")
 
 DATA, NETWORK, TRAINING, STAGED, MACHINE = "data", "network", "training", "staged and published pipeline", "machine"
 WHEN, IMAGES, PIXELS, INSTEAD, CONTROLS = (f"Proxy Attention: {what}" for what in (
@@ -93,32 +45,33 @@ SETTINGS = {
     "batch_size": Setting(int, TRAINING, "images per step; auto: as many as the GPU holds", 2, 65_536, word=AUTO),
     "accumulate": Setting(int, TRAINING, "batches whose gradients are added up before each optimizer step", 1, 10_000),
     "lr": Setting(float, TRAINING, "peak learning rate of the one-cycle schedule", TINY, 100),
-    "augment": Setting(str, TRAINING, f"one of {', '.join(data.AUGMENTATIONS)}, and behind commas any of "
-                       f"{', '.join(data.ON_TOP)}, with a value behind a colon: light,random_erasing:0.5. light: the "
-                       "dataset's flip, rotation and shift", syntax=data.read_augment),
+    "augment": Setting(str, TRAINING, f"one of {', '.join(Keys('data', 'AUGMENTATIONS'))}, and behind commas any of "
+                       f"{', '.join(Keys('data', 'ON_TOP'))}, with a value behind a colon: light,random_erasing:0.5. "
+                       "light: the dataset's flip, rotation and shift", syntax=read_augment),
     "reweight": Setting(str, TRAINING, "Just Train Twice: draw training images that the finished run in this folder "
                         "gets wrong 20 times as often", optional=True),
     "seed": Setting(int, TRAINING, "decides split, order, augmentation and initial weights", 0, 2**31),
     "schedule": Setting(str, WHEN, "epochs in which images are erased: every:K, after:E, plateau, or epochs and proxy "
-                        "rounds as 20,p,19 (null: all)", optional=True, syntax=proxy.read_schedule),
+                        "rounds as 20,p,19 (null: all)", optional=True, syntax=read_schedule),
     "step": Setting(str, WHEN, "train on what is erased in the next step (online), or at once, through a second pass "
-                    "(same_step); heat_from is that of --heat-from", choices=tuple(proxy.STEPS), neutral="online"),
+                    "(same_step); heat_from is that of --heat-from", choices=Keys("proxy", "STEPS"), neutral="online"),
     "select": Setting(str, IMAGES, "those the network gets wrong, or first those with the lowest confidence or the "
-                      "highest loss, or all", choices=tuple(proxy.SELECTIONS)),
-    "cam": Setting(str, PIXELS, "what gives the heat; none: no Proxy Attention", choices=("none", *cam.METHODS)),
+                      "highest loss, or all", choices=Keys("proxy", "SELECTIONS")),
+    "cam": Setting(str, PIXELS, "what gives the heat; none: no Proxy Attention",
+                   choices=Keys("cam", "METHODS", "none")),
     "layer": Setting(str, PIXELS, "the layer to explain; -2 is the stage before the last (null: the deepest with a 4x4 "
                      "grid)", optional=True),
     "explain": Setting(str, PIXELS, "what to explain: the loss, whose own backward pass brings the heat; or the "
                        "predicted class's logit, the true one's, or its margin over the best other",
-                       choices=tuple(cam.EXPLAIN)),
+                       choices=Keys("cam", "EXPLAIN")),
     "heat_from": Setting(str, PIXELS, "take the heat from the network of the finished run in this folder, which stays "
                          "as it is; implies --step heat_from", optional=True),
     "area": Setting(float, PIXELS, "erase this share of an image's pixels, the hottest", TINY, 1),
-    "fill": Setting(str, INSTEAD, "what goes where an image is erased", choices=tuple(proxy.FILLS)),
+    "fill": Setting(str, INSTEAD, "what goes where an image is erased", choices=Keys("proxy", "FILLS")),
     "budget": Setting(str, INSTEAD, "erased images take seats in the batch (equal) or ride behind it (extra)",
                       choices=("equal", "extra")),
     "control": Setting(str, CONTROLS, "the same shape at a random place, the least active pixels, or the right pixels "
-                       "of images drawn at random", choices=tuple(proxy.CONTROLS), optional=True),
+                       "of images drawn at random", choices=Keys("proxy", "CONTROLS"), optional=True),
     "mode": Setting(str, STAGED, "erase within the training step (online); between trainings and on disk (staged); or "
                     "within the step, with a new split at each p of --schedule as the published implementation, which "
                     "leaks validation images into training (resplit)", choices=("online", "staged", "resplit")),
@@ -153,60 +106,6 @@ def option(key):
     return f"--{key.replace('_', '-')}"
 
 
-# A schema of what configs.json holds is a type or several, a `Setting`, a function of (value, where), or an object
-# {key: schema}, where "key?" may be missing and "*" stands for any key.
-
-
-def number(low, high):
-    return Setting(float, "", "", low, high)
-
-
-def one_of(*words):
-    return Setting(str, "", "", choices=words)
-
-
-def normalisation(found, where):
-    """How pixels are normalised: "network", or the mean and standard deviation of the three channels."""
-    if not isinstance(found, dict):
-        if found != "network":
-            raise UserError(f"{where}: {found!r}; expected \"network\" (what the network's pretrained weights were "
-                            "trained with) or an object of mean and std")
-        return
-    check(found, {"mean": list, "std": list}, where)
-    for key, low in (("mean", 0), ("std", TINY)):
-        if len(found[key]) != 3:
-            raise UserError(f"{where}.{key}: expected three numbers, one per channel")
-        for value in found[key]:
-            check(value, number(low, 1), f"{where}.{key}")
-
-
-def split(found, where):
-    """How a dataset is split, as `split.make_split` takes it."""
-    check(found, dict, where)
-    blocks = {"blocks" if found.get("rule") == "blocks" else "blocks?": Setting(int, "", "", 3, 1_000_000)}
-    share = number(TINY, 0.9)
-    check(found, {"rule": one_of("stratified", "blocks"), "val": share, "test": share, **blocks}, where)
-    if found["val"] + found["test"] >= 1:
-        raise UserError(f"{where}: val and test take {found['val'] + found['test']:g} of the images; expected less "
-                        "than 1, so that some are left to train on")
-
-
-def delimiter(found, where):
-    if not isinstance(found, str) or len(found) != 1:
-        raise UserError(f"{where}: {found!r}; expected one character")
-
-
-def texts(found, where):
-    if not all(isinstance(text, str) for text in check(found, list, where)):
-        raise UserError(f"{where}: expected texts alone")
-
-
-def torchvision_class(found, where):
-    from torchvision import datasets
-
-    check(found, one_of(*datasets.__all__), where)
-
-
 def dataset(found, where):
     """An entry of datasets; one of layout csv or torchvision has a part of that name."""
     layout = found.get("layout") if isinstance(found, dict) else None
@@ -217,43 +116,15 @@ def dataset(found, where):
 some_settings = {f"{key}?": setting for key, setting in SETTINGS.items()}
 MODEL = {"timm": str, "arguments?": dict, "settings?": some_settings}
 DATASET = {
-    "source": str, "path": (str, type(None)), "layout": one_of(*data.LAYOUTS), "image_size": SETTINGS["image_size"],
+    "source": str, "path": (str, type(None)), "layout": one_of(Keys("data", "LAYOUTS")),
+    "image_size": SETTINGS["image_size"],
     "normalisation": normalisation, "split": split, "settings?": some_settings,
     "augment": {"flip": bool, "rotate": number(0, 180), "shift": number(0, 1)},
     "digits?": {"images": Setting(int, "", "", 30, 1797), "contrast": number(0, 1), "noise": number(0, 10)},
     "package?": {"module": str, "folder": str, "install": str},
     "csv?": {"file": str, "path?": str, "label?": str, "split?": str, "group?": str, "columns?": texts,
-             "delimiter?": delimiter, "classes?": {"*": str}, "parts?": {"*": one_of(*PARTS)}},
+             "delimiter?": delimiter, "classes?": {"*": str}, "parts?": {"*": one_of(Keys("engine.split", "PARTS"))}},
     "torchvision?": {"class": torchvision_class, "parts": {"train": dict, "val?": dict, "test?": dict}}}
-
-
-def check(found, schema, where):
-    """The value, or the same object, checked, with floats for integers where these are meant; or UserError."""
-    if isinstance(schema, Setting):
-        return schema.check(found, where)
-    if isinstance(schema, dict):
-        return _check_object(found, schema, where)
-    if not isinstance(schema, (type, tuple)):
-        schema(found, where)
-    elif not isinstance(found, schema) or isinstance(found, bool) and schema is not bool:
-        kinds = schema if isinstance(schema, tuple) else (schema,)
-        raise UserError(f"{where}: {json.dumps(found)} is not {' or '.join(WORDS[kind] for kind in kinds)}")
-    return found
-
-
-def _check_object(found, schema, where):
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: expected an object, found {json.dumps(found)}")
-    known = {key.rstrip("?"): inner for key, inner in schema.items()}
-    inside = f"{where}: " if where.endswith(".json") else f"{where}."
-    for key, value in found.items():
-        if key not in known and "*" not in known:
-            raise UserError(f"{where}: unknown key {key!r}; expected {', '.join(known)}{nearest(key, known)}")
-        found[key] = check(value, known.get(key, known.get("*")), f"{inside}{key}")
-    for key in schema:
-        if key not in found and not key.endswith(("?", "*")):
-            raise UserError(f"{where}: key {key!r} is missing")
-    return found
 
 
 def read_configs(path=CONFIGS):
@@ -360,7 +231,7 @@ def check_agreement(config, options):
 
 def _check_schedule(config, options):
     text, staged = config["schedule"], config["mode"] == "staged"
-    kind, argument = proxy.read_schedule(text)
+    kind, argument = read_schedule(text)
     if kind == "listed":
         if options.get("epochs", len(argument)) != len(argument):
             raise UserError(f"--schedule {text}: adds up to {len(argument)} epochs, each p counting as one, but "
@@ -386,7 +257,7 @@ def _check_schedule(config, options):
 
 def stage_epochs(config):
     """Epochs of stage 1 and of stage 3 of each round, for --mode staged. Each p of a schedule begins its round."""
-    kind, argument = proxy.read_schedule(config["schedule"])
+    kind, argument = read_schedule(config["schedule"])
     if kind != "listed":
         return [config["epochs"]] * (1 + config["rounds"])
     starts = [epoch for epoch, p in enumerate(argument) if p]
@@ -396,5 +267,5 @@ def stage_epochs(config):
 def differing_settings(config, there):
     """Settings in which a resolved config and that of a run differ, but for PER_MACHINE."""
     filled = {"batch_size": config["batch_size"] == AUTO, "amp": config["amp"] == AUTO,
-              "layer": config["layer"] is None or cam.FROM_END.fullmatch(config["layer"])}  # by the run
+              "layer": config["layer"] is None or config["layer"].startswith("-")}  # by the run
     return [key for key in config if key not in PER_MACHINE and there.get(key) != config[key] and not filled.get(key)]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import cam
 from engine import cache, chance, decoy, display, files, folder, loader, network, predict
 from engine.files import UserError
-from engine.launch import Parser, program
+from engine.options import Parser, program
 from study import faithfulness, statistics
 from study.figures import as_text, number, points
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from engine import settings
 from engine.files import UserError
-from engine.launch import program
+from engine.options import program
 from study import comparison, figures, statistics
 from study.figures import Table, ends, number, points
 

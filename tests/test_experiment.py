@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from engine import experiment, folder, launch, settings
+from engine import experiment, folder, options, settings
 from engine.files import UserError
 
 CONFIGS = settings.read_configs()
@@ -157,7 +157,7 @@ def test_every_cell_is_in_one_share(written):
 def test_a_cells_command_line_gives_its_settings(written, tmp_path):
     written(tiny=GRID)
     for cell in cells_of("tiny", {"out": str(tmp_path)}):
-        given, _ = launch.parse(experiment.command(cell)[2:], "")
+        given, _ = options.parse(experiment.command(cell)[2:], "")
         assert settings.resolve(CONFIGS, given) == cell.config(CONFIGS)
 
 

@@ -24,7 +24,7 @@ from test_data import load
 from test_faults import error_line
 
 import train
-from engine import cache, display, files, loader, pictures, predict, ranks
+from engine import cache, display, files, loader, options, pictures, predict, ranks
 from engine.dataset import Dataset, Names, to_rgb
 from engine.folder import open_run
 from engine.loader import Batches, Checked
@@ -333,7 +333,7 @@ def test_a_signal_while_an_image_is_decoded_is_not_taken_for_a_broken_image(tmp_
 def test_names_are_printed_on_any_console(encoding, printed, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    display.use_any_console()
+    options.use_any_console()
     print("caf\udce9 猫 é")
     display.Console(file=stream).print("caf\udce9 猫 é", markup=False)
     stream.flush()
@@ -347,7 +347,7 @@ def test_without_any_console_nothing_is_printed_into_a_file_that_is_opened_next(
         for number in (0, 1, 2):
             os.close(number)
         sys.stdin = sys.stdout = sys.stderr = None
-        display.use_any_console()
+        options.use_any_console()
         with open(tmp_path / "file", "w") as file:
             print("on the console")
             display.console.print("on the console")

@@ -3,13 +3,17 @@
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 
 import pytest
 from conftest import draw_classes, draw_letter, hash_folder
 
+import cam
+import data
+import proxy
 import train
-from engine import folder, launch, settings
+from engine import folder, launch, options, settings
 
 COMMAND = re.compile(r"(?:torchrun [^#]*)?(?:python )?train\.py")
 
@@ -180,8 +184,8 @@ def test_a_csv_moves_with_its_images_or_is_named_anew(tmp_path, monkeypatch):
 
 def test_one_word_is_the_folder_unless_that_is_a_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert launch.parse(["photos", "--epochs", "3"], "")[0] == {"data_dir": "photos", "epochs": 3}
-    assert launch.parse(["--epochs", "3", "photos"], "")[0] == {"data_dir": "photos", "epochs": 3}
+    assert options.parse(["photos", "--epochs", "3"], "")[0] == {"data_dir": "photos", "epochs": 3}
+    assert options.parse(["--epochs", "3", "photos"], "")[0] == {"data_dir": "photos", "epochs": 3}
     draw_classes(tmp_path / "photos", "AB", 8)
     assert train.main(["photos", *TINY, "--epochs", "1"]) == 0
     assert folder.open_run("runs/run").config["dataset"] == "folder"
@@ -214,4 +218,27 @@ def test_a_dry_run_shows_settings_split_and_network_and_writes_nothing(asl, tmp_
     (["--batch-size", "auto"], {"batch_size": "auto"}), ([], {}),
 ])
 def test_options_become_values_of_their_settings(arguments, expected):
-    assert launch.parse(arguments, "")[0] == expected
+    assert options.parse(arguments, "")[0] == expected
+
+
+def test_help_does_not_wait_for_torch_and_names_the_keys_that_the_tables_have():
+    text = ("import runpy, sys; sys.argv = ['train.py', '--help']\n"
+            "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "finally:\n    print('torch' in sys.modules, 'sklearn' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", text], cwd=settings.HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False False"
+    for table in (cam.METHODS, cam.EXPLAIN, proxy.FILLS, proxy.CONTROLS, proxy.SELECTIONS, proxy.STEPS, data.ON_TOP):
+        assert all(key in done.stdout for key in table)
+
+
+@pytest.mark.parametrize("module, table", [
+    ("cam", "METHODS"), ("cam", "EXPLAIN"), ("proxy", "STEPS"), ("proxy", "SELECTIONS"), ("proxy", "FILLS"),
+    ("proxy", "CONTROLS"), ("data", "AUGMENTATIONS"), ("data", "ON_TOP"), ("data", "LAYOUTS"), ("engine.split", "PARTS")])
+def test_the_keys_that_are_read_from_a_file_are_those_of_its_table(module, table):
+    keys = settings.Keys(module, table)
+    assert keys.read() == list(keys) == list(getattr(sys.modules[module], table))
+
+
+def test_a_new_entry_of_a_table_is_an_option_at_once(monkeypatch):
+    monkeypatch.setitem(proxy.FILLS, "grey", proxy.black)
+    assert settings.resolve(settings.read_configs(), {"fill": "grey"})["fill"] == "grey"
