@@ -170,7 +170,7 @@ def test_a_file_cut_anywhere_is_found_or_still_shows_the_complete_picture(kind, 
     for tenth in range(10):
         place(tmp_path / "x", content[: tenth * len(content) // 10])
         found = Dataset("x", tmp_path, ["a"], ["x"], np.zeros(1, np.int64), Names([str(tmp_path / "x")]))
-        pixels, wrong = Checked(found, [0], 48)[0]
+        pixels, wrong, _ = Checked(found, [0], 48)[0]
         assert wrong or np.abs(pixels - complete).max() <= 2, f"{kind} cut at {tenth} tenths was taken for complete"
 
 
@@ -357,6 +357,7 @@ def test_without_any_console_nothing_is_printed_into_a_file_that_is_opened_next(
     assert os.waitpid(child, 0)[1] == 0 and (tmp_path / "file").read_text() == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_class_folders_in_latin_1_train_to_the_end_and_are_drawn(tmp_path, capsys):
     for name in (b"caf\xe9", b"th\xe9 \xff", "犬".encode()):
