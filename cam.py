@@ -187,8 +187,8 @@ class CAM:
         self.names = {module: name for name, module in self.model.named_modules()}
         self.prefix = getattr(self.model, "num_prefix_tokens", 0)
         self.prefixes = (self.prefix, 0) if hasattr(self.model, "num_prefix_tokens") else range(MOST_PREFIX + 1)
-        self.layer, self._hooks, self._parts, self._awaited, self.min_grid = None, [], [], None, MIN_GRID
-        self.checked = False
+        self.layer = self._awaited = None
+        self._hooks, self._parts, self.checked, self.min_grid = [], [], False, MIN_GRID
         if method == "cam" or method in ATTENTION:
             self._parts.append(_engine().Head(self) if method == "cam" else _engine().Attention(self, layer))
         if layer is not None and not (isinstance(layer, str) and FROM_END.fullmatch(layer)):
@@ -347,8 +347,6 @@ class CAM:
                 raise ValueError(f"layer {self.layer_name} is no map of {self.height}x{self.width} images; try another")
             G = self._parts[0].weights(A, weights) if self.method == "cam" else None
             A = A[rows].to(torch.promote_types(A.dtype, torch.float32))
-            if len(A) == 0:
-                return A.new_zeros(0, *A.shape[2:])
             if self.method in CONTROLS:
                 return rescale(CONTROLS[self.method](A, None).relu())
             if gradients:

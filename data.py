@@ -119,7 +119,7 @@ def table(name, entry, root):
     path = root / entry["csv"]["file"]
     if not os.path.isfile(path):
         raise UserError(missing(name, entry, f"no {path.resolve()}"))
-    rows = read_rows(path, entry["csv"], root, PART_OF_FOLDER, lambda: _walk(root)[0])
+    rows = read_rows(path, entry["csv"], root, PART_OF_FOLDER, lambda: walk(root).images)
     return _from_rows(name, root, rows, official=any(part for _, _, part, _ in rows))
 
 

@@ -203,7 +203,7 @@ def found_by_heat(study):
     caption = ("By python -m study.explain RUN --where or --misled, in %: how much of the square (or the object) the "
                f"hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the "
                "hottest pixel is on it; how much of the heat. Of test images that misled: overlap with the heat of the "
-               "predicted class, what that class loses with the hottest pixels (ROAD), what the true one gains (freed).")
+               "predicted class, what this loses with the hottest pixels (ROAD), what the true one gains (freed).")
     header = ["images", "method", "layer", "explained", *explain.FOUND.values()]
     return [Table("where", caption, ["arm", "seeds", *header], ways),
             Table("where-runs", caption, ["arm", "seed", *header], each, shown=False)] if ways else []

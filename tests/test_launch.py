@@ -233,7 +233,8 @@ def test_help_does_not_wait_for_torch_and_names_the_keys_that_the_tables_have():
 
 @pytest.mark.parametrize("module, table", [
     ("cam", "METHODS"), ("cam", "EXPLAIN"), ("proxy", "STEPS"), ("proxy", "SELECTIONS"), ("proxy", "FILLS"),
-    ("proxy", "CONTROLS"), ("data", "AUGMENTATIONS"), ("data", "ON_TOP"), ("data", "LAYOUTS"), ("engine.split", "PARTS")])
+    ("proxy", "CONTROLS"), ("data", "AUGMENTATIONS"), ("data", "ON_TOP"), ("data", "LAYOUTS"),
+    ("engine.split", "PARTS")])
 def test_the_keys_that_are_read_from_a_file_are_those_of_its_table(module, table):
     keys = settings.Keys(module, table)
     assert keys.read() == list(keys) == list(getattr(sys.modules[module], table))
