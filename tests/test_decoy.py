@@ -52,7 +52,7 @@ def test_batches_show_each_images_square_in_its_corner_and_change_nothing_else()
 
 def test_masks_beside_images_show_where_the_object_is(tmp_path):
     place(tmp_path, *(f"{name}/{i}.png" for name in ("cyst", "well") for i in range(2)))
-    for name, rows, white in (("cyst/0_mask", slice(0, 4), 255), ("cyst/0_mask_1", slice(0, 8), 1),
+    for name, rows, white in (("cyst/0_mask", slice(0, 4), 255), ("cyst/0_mask_1", slice(4, 8), 1),
                               ("cyst/1_mask", slice(8, 12), 200), ("well/0_mask", slice(0), 255),
                               ("well/1_mask", slice(16), 255)):
         grey = np.zeros((16, 16), np.uint8)
