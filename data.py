@@ -32,8 +32,8 @@ EXCEPT = "except:"  # in front of the --classes that are left out
 def load_dataset(config):
     """The `Dataset` of a resolved config, its content hashed. UserError where it is not there as its entry has it."""
     name, entry, root = config["dataset"], config["dataset_entry"], Path(config["data_dir"] or ".")
-    if entry["layout"] != "digits" and not os.path.isdir(root):
-        raise UserError(missing(name, entry, absent(root)))
+    if entry["layout"] != "digits" and (why := absent(root)):
+        raise UserError(missing(name, entry, why))
     if config.get("csv"):
         entry = entry | {"csv": entry["csv"] | {"file": os.path.abspath(config["csv"])}}
     dataset = LAYOUTS[entry["layout"]](name, entry, root)

@@ -198,7 +198,7 @@ def labelled(opened, folder):
     if not (entry["layout"] == "csv" and (Path(folder) / entry["csv"]["file"]).is_file()):
         entry["layout"] = "folders"
     found = data.load_dataset(opened.config | {"dataset": "folder", "dataset_entry": entry, "data_dir": folder,
-                                               "classes": None, "cache": "off"})
+                                               "classes": None, "csv": None, "cache": "off"})
     numbers = np.array([classes.index(name) if name in classes else -1 for name in found.classes])[found.labels]
     part = "test" if found.parts and "test" in found.parts else None
     kept = [i for i, number in enumerate(numbers) if number >= 0 and (part is None or found.parts[i] == part)]

@@ -113,8 +113,12 @@ def _below(files, folder):
 
 
 def absent(root):
-    """Why `root` is no folder, for messages, and the nearest name of what lies beside it."""
+    """Why `root` is no folder of a dataset, for messages, with the nearest name of what lies there; None if it is."""
     path = os.path.abspath(root)
+    if path == os.path.dirname(path):
+        return f"{path} is all of the disk"
+    if os.path.isdir(path):
+        return None
     if os.path.isfile(path):
         return f"{path} is a file: unpack an archive, and give a CSV of labels to --csv"
     if os.path.islink(path):

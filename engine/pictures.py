@@ -157,8 +157,8 @@ def draw_sheet(folder, config, model, dataset, split, predictions, device):
     pictures, heat = shown(images, mean, std), heat.cpu().numpy()
     triples = zip(pictures, overlay(pictures, heat), shown(copies.images, mean, std))
     figure, grid = panels(11.6, 12.8, 6, 4)
-    figure.suptitle(f"Test images: as they are, {method} heat ({config['explain']} class), and with the pixels that "
-                    "this run's settings erase", fontsize=10)
+    figure.suptitle(f"Test images: as they are, {method} heat (--explain {config['explain']}), and with the pixels "
+                    "that this run's settings erase", fontsize=10)
     for place, (i, triple) in enumerate(zip(order, triples)):
         below = grid[3 * (place // 4):, place % 4]
         for axes, picture in zip(below, triple):

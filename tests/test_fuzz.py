@@ -36,7 +36,7 @@ def right(draw, name):
     """A value that the setting takes, as far as its type, range and choices say."""
     setting = settings.SETTINGS[name]
     if setting.choices:
-        return draw(st.sampled_from(setting.choices))
+        return draw(st.sampled_from(tuple(setting.choices)))
     if setting.kind in (int, float):
         low, high = setting.low or 0, min(setting.high or 10, (setting.low or 0) + 10)
         return str(draw(st.integers(int(low), int(high)) if setting.kind is int else st.floats(low, high)))
