@@ -42,12 +42,12 @@ def readable_batches(config, dataset, device, unread):
     checked = loader.Checked(dataset, np.arange(len(dataset)), config["image_size"])
     batches = torch.utils.data.DataLoader(checked, config["batch_size"], num_workers=cache.decoding_workers(config),
                                           collate_fn=checked.collate)
-    for number, (pixels, wrong) in enumerate(batches):
+    for number, (pixels, wrong, _) in enumerate(batches):
         indices = np.arange(len(wrong)) + number * batches.batch_size
         unread.update((i, text) for i, text in zip(indices.tolist(), wrong) if text is not None)
         if pixels is not None:
             kept = indices[[text is None for text in wrong]]
-            yield pixels.permute(0, 3, 1, 2).to(device), torch.from_numpy(dataset.labels[kept])
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device), torch.from_numpy(dataset.labels[kept])
 
 
 def write_predictions(folder, config, model, dataset, split, device):

@@ -183,9 +183,9 @@ def test_where_class_folders_are_missing_the_message_says_what_is_there(tmp_path
     place(tmp_path / "photos", "cat/1.jpg", "2.jpg")
     with pytest.raises(UserError, match=r"2 images but not two class folders of them; there is cat \(2 .heic, 1 .jpg"):
         load("folder", tmp_path / "photos")
-    with pytest.raises(UserError, match=r"no folder .*photo\. Did you mean 'photos'\? Get it"):
+    with pytest.raises(UserError, match=r"no folder .*photo\. Did you mean 'photos'\? Put it there"):
         load("folder", tmp_path / "photo")
-    with pytest.raises(UserError, match=r"a.zip is a file; expected a folder, so unpack it"):
+    with pytest.raises(UserError, match=r"a.zip is a file: unpack an archive"):
         load("folder", tmp_path / "photos" / "dog" / "a.zip")
     (tmp_path / "data").symlink_to("/gone")
     with pytest.raises(UserError, match="data is a link to /gone, which is not there"):

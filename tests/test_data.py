@@ -227,7 +227,7 @@ def test_classes_can_leave_some_out(tmp_path):
 def test_a_folder_that_is_not_there_comes_with_the_nearest_and_a_file_with_what_it_may_be(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos.zip").touch()
-    with pytest.raises(UserError, match=r"no folder .*/foto\. Put it there.*--data-dir DIR\. Did you mean 'photos'\?$"):
+    with pytest.raises(UserError, match=r"no folder .*/foto\. Did you mean 'photos'\? Put it there.*--data-dir DIR\.$"):
         load("folder", tmp_path / "foto")
     with pytest.raises(UserError, match="photos.zip is a file: unpack an archive, and give a CSV of labels to --csv"):
         load("folder", tmp_path / "photos.zip")

@@ -309,7 +309,7 @@ def test_an_error_of_a_decoder_in_a_worker_names_the_image_and_is_not_taken_for_
         list(Batches(found, found.ids, 16, 4, torch.device("cpu"), workers=1))
     for text in ("(pid 7) is killed by signal: Killed.", "(pid(s) 7) exited unexpectedly", "process 0"):
         error = RuntimeError(f"DataLoader worker {text}")
-        monkeypatch.setattr(train.launch, "parse", lambda *arguments, error=error: throw(error))
+        monkeypatch.setattr(train.options, "parse", lambda *arguments, error=error: throw(error))
         if "pid" in text:
             assert train.main([]) == 2 and "decodes images was killed" in error_line(capsys)
         else:

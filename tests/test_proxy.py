@@ -292,7 +292,7 @@ def test_swap_takes_own_and_the_others_hot_pixels_from_one_chosen_image_of_anoth
 
 def copies_of(control):
     """What one step of digits erases, through the program's own path. Returns rows, chosen, copies, heat and mask."""
-    config = settings.resolve(settings.read_configs(), {"fill": "noise", "control": control})
+    config = settings.resolve(settings.read_configs(), {"fill": "noise", "control": control, "explain": "predicted"})
     torch.manual_seed(0)
     model, _ = network.build_network(config, 10)
     dataset = load("digits", None)

@@ -115,7 +115,7 @@ def test_each_part_of_the_space_trains_with_proxy_attention(trained, arguments):
 
 
 def test_everything_selected_fills_half_of_the_seats(trained):
-    cost = metrics_of(trained(*PART, "--select", "all"))["cost"]
+    cost = metrics_of(trained(*PART, "--select", "all", "--explain", "predicted"))["cost"]
     assert cost["erased_images"] == (2 * STEPS - 1) * 32  # in every step but the first
 
 
@@ -126,7 +126,7 @@ def test_budget_extra_sees_the_erased_images_on_top(trained):
 
 @pytest.mark.slow
 def test_images_wait_for_one_step_only(trained):
-    lines = read_log(trained(*PART, "--schedule", "1,p,2", "--select", "all", epochs=4))
+    lines = read_log(trained(*PART, "--schedule", "1,p,2", "--select", "all", "--explain", "predicted", epochs=4))
     # what the last step of the proxy round erased is in the first step after it
     assert [line["erased_images"] for line in lines] == [0, (STEPS - 1) * 32, 32, 0]
 
