@@ -73,9 +73,11 @@ def runs_or_names_why(arguments, tmp_path, capsys):
 @example(options=["--resume=--"])
 @example(options=["--heat-from=" + "9" * 400])
 @example(options=["--dataset=folder", "--data-dir=" + "9" * 400])
-def test_whatever_the_command_line_holds_is_understood_or_refused_in_one_line(options, tmp_path_factory, capsys):
-    folder = tmp_path_factory.getbasetemp() / "command lines"
-    folder.mkdir(exist_ok=True)
+def test_whatever_the_command_line_holds_is_understood_or_refused_in_one_line(options, tmp_path_factory, capsys,
+                                                                              monkeypatch):
+    folder = tmp_path_factory.getbasetemp() / "above" / "beside" / "command lines"
+    folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(folder)  # "../.." is a dataset's folder, too, and elsewhere may be a whole disk
     runs_or_names_why([*options, "--dry-run"], folder, capsys)
 
 
