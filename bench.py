@@ -294,8 +294,8 @@ def bench_train(options):
             theirs, seen = peers.timms_epoch(config, device)
             dataset = data.load_dataset(config)
             cache.open_pixels(dataset, config)
-            ids = {"train": dataset.ids, "val": dataset.ids}
-            parts = training.Parts(config, None, dataset, ids, device)
+            ids = [image_id for image_id, part in zip(dataset.ids, dataset.parts) if part == "train"]
+            parts = training.Parts(config, None, dataset, {"train": ids, "val": ids}, device)
             torch.manual_seed(0)
             t = training.Training(config, network.build_network(config, 2)[0], device, 2, 10**6)
 

@@ -63,8 +63,9 @@ def timms_epoch(config, device):
     Channels last and with the fused optimizer, as ours; it decodes the files in every epoch.
     """
     size = (3, config["image_size"], config["image_size"])
+    images = timm.data.create_dataset("folder", config["data_dir"], split="train")
     batches = timm.data.create_loader(
-        timm.data.create_dataset("folder", config["data_dir"]), size, config["batch_size"], is_training=True,
+        images, size, config["batch_size"], is_training=True,
         use_prefetcher=device.type == "cuda", device=device, scale=(1, 1), ratio=(1, 1), color_jitter=None,
         num_workers=cache.decoding_workers(config), persistent_workers=True)
     model = network.build_network(config, 2)[0].to(device, memory_format=torch.channels_last).train()

@@ -11,7 +11,7 @@ import cam
 from engine.files import UserError
 from study import peers
 
-SMALL = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "--rounds", "1", "--images", "16",
+SMALL = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "--rounds", "1", "--images", "60",
          "--device", "cpu"]
 ROWS = {"cam": 2, "step": 3, "train": 2, "staged": 1, "runs": 3}
 
