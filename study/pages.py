@@ -120,9 +120,9 @@ class Results:
 
     def render(self, template):
         """A template's text with its figures, wrapped."""
-        here = (table, exists, runs, cell, text, mean, level, exact, sooner, zip, self.pair, self.versus,
+        here = (exists, runs, cell, text, mean, level, exact, sooner, zip, self.pair, self.versus,
                 self.over_shares, self.misled, self.family)
-        names = {each.__name__: each for each in here} | {"interval": statistics.interval}
+        names = {each.__name__: each for each in here} | {"interval": statistics.interval, "table": table}
         made = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         made.filters |= {"span": lambda row, digits=2, scale=100: figures.span(row, digits, scale),
                          "pc": lambda share: f"{100 * share:.1f}",
