@@ -209,6 +209,8 @@ def principal(maps):
     Up to a positive factor, by power iteration: `eigh` would want float64, and wait. The sign makes the value that is
     largest in size positive, as in Seg-Eigen-CAM (Chung and Ying 2025, equation 13).
     """
+    if not len(maps):
+        return maps[:, 0]
     points = maps.flatten(2) - maps.mean((2, 3))[..., None]
     points = F.normalize(points.flatten(1), torch.inf, eps=torch.finfo(maps.dtype).tiny).view_as(points)
     with exact_float32():  # TF32 would blur the little that tells two components apart

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_cam import SMALLER, network, photographs
 
+import cam
 from cam import CAM, upsample
 from engine.files import UserError
 from engine.network import try_network
@@ -219,3 +220,13 @@ def test_under_torch_compile_the_heat_is_the_same(name):
             torch.testing.assert_close(explain(logits), expected, atol=1e-5, rtol=0)
             logits.sum().backward()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", cam.METHODS)
+def test_the_heat_of_no_image_is_an_empty_one_by_every_method(method):
+    torch.manual_seed(0)
+    model = network("test_vit" if method in cam.ATTENTION else "test_resnet")
+    with cam.CAM(model, method) as explain:
+        logits = model(torch.randn(2, 3, 160, 160))
+        heat = explain(logits, torch.zeros(0, dtype=torch.long))
+        assert len(heat) == 0 and cam.upsample(heat, 160).shape == (0, 160, 160)

@@ -67,7 +67,7 @@ def test_metrics_count_each_image_once_and_one_process_writes(alone_and_together
 def test_erased_images_stay_on_their_rank_and_another_number_of_ranks_goes_on(tmp_path, train_process):
     folder = tmp_path / "r"
     process = train_process(["--dataset", "digits", "--train-fraction", "0.3", "--epochs", "60", "--select", "all",
-                             "--out", tmp_path, "--name", "r"], ranks=2)
+                             "--explain", "predicted", "--out", tmp_path, "--name", "r"], ranks=2)
     while not (folder / "last.pt").exists() and process.is_alive():
         time.sleep(0.1)
     process.signal(signal.SIGTERM)
