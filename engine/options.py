@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """Whose errors are one line."""
 
     def error(self, message):
-        raise UserError(f"{message}. See python {self.prog} --help")
+        raise UserError(f"{message}{'.' * (message[-1] not in '.?')} See python {self.prog} --help")
 
     def parse(self, arguments, alone=None):
         """{option: value} of those given; UserError for an unknown one that names the nearest.
