@@ -7,6 +7,7 @@ its part of every batch, `DistributedDataParallel` averages the gradients, and r
 there is one process, rank 0 of 1, and every function here returns at once.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -25,6 +26,7 @@ LAUNCHER = "python" if RANKS == 1 else "torchrun " + f"--nnodes {RANKS // HERE} 
     f"--nproc-per-node {HERE}"  # what a user types before train.py to go on
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that all take part in it
 PAUSE = 0.1  # seconds from asking for another rank's answer to asking again; it may decode a dataset meanwhile
+LEAVE_SECONDS = 10  # that rank 0 waits at its end for the others, at most
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _store, _answers = None, 0
 
@@ -51,7 +53,13 @@ def start(device):
 
 
 def end():
+    """Leave together: rank 0 holds the store that the others ask, and waits until they have their last answer."""
     if RANKS > 1 and dist.is_initialized():
+        until = time.monotonic() + LEAVE_SECONDS
+        with contextlib.suppress(RuntimeError):  # where another has crashed
+            _store.set(f"end of {RANK}", "")
+            while RANK == 0 and time.monotonic() < until and not _store.check([f"end of {r}" for r in range(RANKS)]):
+                time.sleep(PAUSE)
         dist.destroy_process_group()
 
 

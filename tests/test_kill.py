@@ -97,7 +97,8 @@ def test_a_run_killed_at_random_moments_leaves_the_same_bits(kind, asl, tmp_path
     options = {"ranks": 2 if "ranks" in kind else 1, "every_step": True}
     train_process(["--dry-run"]).wait()  # torch is imported once
     start = time.monotonic()
-    assert train_process(arguments_of(kind, tmp_path / "alone", asl), **options).wait() == 0
+    alone = train_process(arguments_of(kind, tmp_path / "alone", asl), **options)
+    assert alone.wait() == 0, alone.output()
     duration, done, writes = time.monotonic() - start, 0, 0
     while done < kills:
         process = train_process(next_arguments(folder, first), **options)
