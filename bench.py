@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out
 
 import timm
 import torch
-from scipy import stats
 
 import cam
 import data
@@ -39,6 +38,7 @@ import staged
 from engine import cache, checkpoint, costs, files, folder, launch, loader, network, predict, settings, training
 from engine.options import Parser, program
 from study import peers
+from study.statistics import median_interval
 
 MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
 MISLED = (0.0, 0.1, 1.0)  # shares of a batch
@@ -130,14 +130,11 @@ def over(times, name, other):
 
 def ratio(taken, name, other):
     """Median over rounds of one time as a multiple of another, and its interval "low-high"; (None, None) if not taken.
-
-    The interval is of ranks and covers the median of all rounds in at least 95%, as far as rounds are independent.
     """
     if name not in taken:
         return None, None
-    ratios = sorted(a / b for a, b in zip(taken[name], taken[other]))
-    rank = max(0, int(stats.binom.ppf(0.025, len(ratios), 0.5)) - 1)
-    return statistics.median(ratios), f"{ratios[rank]:.3f}-{ratios[-1 - rank]:.3f}"
+    ratios = [a / b for a, b in zip(taken[name], taken[other])]
+    return statistics.median(ratios), "{:.3f}-{:.3f}".format(*median_interval(ratios))
 
 
 def network_and_images(short, options):

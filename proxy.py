@@ -219,11 +219,11 @@ def select(selection, logits, labels, fresh, seats, key, control=None):
     draws = torch.rand(3, len(logits), generator=torch_generator(logits.device, "select", *key), device=logits.device)
     wanted, rank = SELECTIONS[selection](logits.detach().float(), labels, draws[0])
     wanted = wanted & fresh
-    count = wanted.sum()
     if control == "label":
-        wanted, rank = fresh, draws[2]  # draws[1] served an option that is gone: published runs keep their draws
+        count, wanted, rank = wanted.sum(), fresh, draws[2]  # draws[1] had a use once: published runs keep their draws
     score, rows = torch.where(wanted, rank, -torch.inf).topk(seats)
-    return rows, (torch.arange(seats, device=rows.device) < count) & (score > -torch.inf)
+    chosen = score > -torch.inf
+    return rows, chosen & (torch.arange(seats, device=rows.device) < count) if control == "label" else chosen
 
 
 # --- which pixels --------------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def all_fresh(labels):
 def seat(images, labels, waiting, budget, rows=None):
     """The batch with the waiting images in it: images, labels, fresh and valid.
 
-    budget "equal": each takes the seat of a fresh image, in `rows` or from the end, so that the step keeps its size.
+    budget "equal": each takes the seat of a fresh image, in `rows` or from the end, so that the step keeps its size;
+    `images` is written to, since fresh memory would cost more than all else here.
     budget "extra": they ride behind the batch, in as many seats as there may be copies, so that its size is one and
     nothing waits until the device has counted; a seat that no copy takes holds a fresh image once more, which weighs
     nothing in the loss, and of which batch norm sees no other kind than it does anyway.
@@ -104,8 +105,7 @@ def seat(images, labels, waiting, budget, rows=None):
     if budget == "extra":
         joined = ((images, filled), (labels, new), (fresh, torch.zeros_like(taken)), (fresh, taken))
         return tuple(map(torch.cat, joined))
-    images = images.clone().index_copy_(0, rows, filled)  # in place, since index_copy would not keep channels last
-    return images, labels.index_copy(0, rows, new), fresh.index_copy(0, rows, ~taken), None
+    return images.index_copy_(0, rows, filled), labels.index_copy(0, rows, new), fresh.index_copy(0, rows, ~taken), None
 
 
 def cross_entropy(logits, labels, valid=None):

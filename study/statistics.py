@@ -28,6 +28,13 @@ def exact_interval(count, among):
     return tuple(map(float, stats.binomtest(count, among).proportion_ci(1 - LEVEL, "exact")))
 
 
+def median_interval(values):
+    """95% interval (low, high) of the median that `values` [N] were drawn around, by ranks; of fewer than 6, all."""
+    ordered = sorted(values)
+    rank = max(0, int(stats.binom.ppf(LEVEL / 2, len(ordered), 0.5)) - 1)
+    return ordered[rank], ordered[-1 - rank]
+
+
 def permutation_p(differences):
     """Two-sided p of a mean difference of zero, by flipping the signs of the seeds' differences [S]: exact up to 13."""
     if len(differences) < 2 or not np.any(differences):

@@ -174,10 +174,10 @@ def test_copies_of_mixed_images_keep_their_mixed_labels(net):
 def test_same_step_trains_on_its_copies_at_once_in_a_second_pass(budget, net):
     images, labels = batch(1)
     p = proxy_of(net, budget=budget, counts=counts())
-    trained = proxy.STEPS["same_step"](net, images, labels, p)
+    trained = proxy.STEPS["same_step"](net, images.clone(), labels, p)
     rows, _, copies, _, _ = erased_of(net, images, labels)
     wrong = int(copies.taken.sum())
-    fresh = proxy.seat(images, labels, copies, budget, rows)[2]
+    fresh = proxy.seat(images.clone(), labels, copies, budget, rows)[2]
     assert p.waiting is None and torch.equal(trained.fresh, fresh) and 0 < wrong < 8
     assert trained.loss.item() == pytest.approx(simple_loss(net, (images, labels), copies, budget, rows), rel=1e-6)
     assert len(fresh) == (8 if budget == "equal" else 16) and trained.second_pass == 8
@@ -189,7 +189,7 @@ def test_heat_from_erases_what_another_network_shows_and_trains_the_one_in_train
     images, labels = batch(1)
     other = network(7).requires_grad_(False)
     p = proxy_of(net, other, budget=budget, counts=counts())
-    trained = proxy.STEPS["heat_from"](net, images, labels, p)
+    trained = proxy.STEPS["heat_from"](net, images.clone(), labels, p)
     rows, _, copies, _, _ = erased_of(other, images, labels)
     assert not torch.equal(net(images).argmax(1), other(images).argmax(1))  # they are misled by other images
     joined, of_joined = simple_seats((images, labels), copies, budget, rows)
