@@ -200,7 +200,7 @@ def bench_cam_method(model, images, method, rounds):
 class Timed(proxy.Proxy):
     """A Proxy that also times how the copies of the step before are seated."""
 
-    seat = proxy.timed(proxy.Proxy.seat)
+    seat = costs.timed(proxy.Proxy.seat)
 
 
 def bench_step(options):

@@ -179,7 +179,11 @@ def unchanged(pixels, entry, key, place=None):
 
 def light(pixels, entry, key, place=None):
     """Each image flipped, turned, shifted. entry: {"flip": bool, "rotate": degrees, "shift": share of the side}."""
-    images = to_float(pixels)
+    return sampled(to_float(pixels), places(pixels, entry, key, place))
+
+
+def places(images, entry, key, place):
+    """Where `light` takes the pixels of its images [B, C, H, W] from: a grid [B, H, W, 2], as `affine_grid`'s."""
     first, every = place or (0, len(images))
     draws = torch.rand(every, 4, generator=torch_generator("cpu", "augment", *key))[first:first + len(images)]
     angle, across, down, mirror = sent(draws, images.device).T
@@ -188,8 +192,7 @@ def light(pixels, entry, key, place=None):
     mirror = torch.where(mirror < 0.5, -1.0, 1.0) if entry["flip"] else torch.ones_like(mirror)
     cos, sin = angle.cos(), angle.sin()
     moves = torch.stack([cos * mirror, -sin, across, sin * mirror, cos, down], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(moves, images.shape, align_corners=False)
-    return sampled(images, grid)
+    return F.affine_grid(moves, images.shape, align_corners=False)
 
 
 def sampled(images, grid):
@@ -207,13 +210,42 @@ def inside(grid):
 
 def policy(transform, pixels, entry, key, place=None):
     """What torchvision's transform, with its defaults, draws for each image, done on the device."""
-    first, side = (place or (0, 0))[0], pixels.shape[-1]
-    return to_float(policies.changed(pixels, policies.drawn(transform(), len(pixels), first, side, "augment", *key)))
+    return to_float(policies.changed(pixels, operations(transform, len(pixels), pixels.shape[-1], key, place)))
+
+
+@functools.lru_cache(1)  # heat that moves with the images asks again
+def operations(transform, count, side, key, place):
+    return policies.drawn(transform(), count, (place or (0, 0))[0], side, "augment", *key)
 
 
 # RandAugment: Cubuk et al. 2020, two operations of magnitude 9. TrivialAugment: Mueller and Hutter 2021, one of any.
 AUGMENTATIONS = {"none": unchanged, "light": light, "randaugment": partial(policy, v2.RandAugment),
                  "trivialaugment": partial(policy, v2.TrivialAugmentWide)}
+
+
+# --- where they take heat of images as they are: (heat [B, 1, h, w], side, entry, key, place) -> [B, 1, side, side] --
+
+
+def in_place(heat, side, entry, key, place=None):
+    return F.interpolate(heat, (side, side), mode="bilinear", align_corners=False)
+
+
+def with_light(heat, side, entry, key, place=None):
+    return sampled(heat, places(heat[:, :, :1, :1].expand(-1, -1, side, side), entry, key, place))
+
+
+def with_policy(transform, heat, side, entry, key, place=None):
+    return policies.carried(in_place(heat, side, entry, key), operations(transform, len(heat), side, key, place))
+
+
+MOVES = {"none": in_place, "light": with_light, "randaugment": partial(with_policy, v2.RandAugment),
+         "trivialaugment": partial(with_policy, v2.TrivialAugmentWide)}
+
+
+def moved(heat, side, config, key, place=None):
+    """Heat [B, side, side] of heat [B, h, w], moved as `augment` moves the images that it was taken of."""
+    base = read_augment(config["augment"])[0]
+    return MOVES[base](heat[:, None], side, config["dataset_entry"]["augment"], key, place)[:, 0]
 
 
 # --- on top: (images normalised, labels, value, number of classes, key, place) -> images, labels ----------------------

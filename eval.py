@@ -29,6 +29,7 @@ import torch
 
 import cam
 import data
+import snapshot
 from engine import cache, files, hooks, metrics, network, predict, settings
 from engine.dataset import image_extensions, natural_order, reason
 from engine.files import UserError
@@ -42,6 +43,7 @@ FEW = 20  # classes whose figures `describe` lists
 def figures(opened, found):
     """What `metrics.json` holds, of an opened run and the arrays of its `predictions.npz`."""
     stages = files.read_lines(opened.folder / "stages.jsonl")
+    erasing = [line for line in stages if line["stage"] == 2]
     if not opened.log:
         raise UserError(f"{opened.folder}: log.jsonl is missing or empty, so the costs are not known")
     classes, result = opened.split["classes"], {}
@@ -53,7 +55,10 @@ def figures(opened, found):
         if f"{part}_groups" in found:
             groups, worst = metrics.group_metrics(labels, logits, found[f"{part}_groups"], classes)
             result[part] |= {"groups": groups, "worst_group": worst}
-    result |= {"cost": metrics.costs(opened.log, float(found["seconds"]), stages), "epochs": len(opened.log),
+    if opened.config["heat"] == settings.SNAPSHOT:
+        result["snapshot"] = files.read_json(opened.folder / "snapshot.json")
+        erasing = [result["snapshot"]]
+    result |= {"cost": metrics.costs(opened.log, float(found["seconds"]), erasing), "epochs": len(opened.log),
                "best_epoch": metrics.best_epoch(opened.log), "skipped_images": len(opened.split["skipped"])}
     if stages:
         result["ended"] = stages[-1].get("ended")
@@ -89,6 +94,8 @@ def describe(folder, result, checkpoint="last"):
                       f"is that of {worst}, {by_class[worst]['f1']:.4f}"]
     if "clean_test" in parts:
         lines += ["", "--decoy: squares show the true class in val and another in test; clean_test has none"]
+    if "snapshot" in result:
+        lines += ["", snapshot.describe(result["snapshot"])]
     if "groups" in test:
         groups = [f"{name} {group['accuracy']:.4f} of {group['images']}" for name, group in test["groups"].items()]
         lines += ["", "test accuracy by class and group: " + "; ".join(groups)]

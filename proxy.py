@@ -10,8 +10,6 @@ and each decision has draws of its own: a control that changes one decision leav
 Labels are classes, int64 [B], or under mixup and cutmix shares of classes, float [B, C]. Images are normalised.
 """
 
-import contextlib
-import functools
 from typing import NamedTuple
 
 import torch
@@ -19,8 +17,9 @@ import torch.nn.functional as F
 
 import cam
 from engine.chance import torch_generator
-from engine.erasing import (Scene, Waiting, all_fresh, blurred, cross_entropy, of_another_class, other_chosen, put,
-                            seat, shifted_from, statistics_kept, wrong)
+from engine.costs import timed
+from engine.erasing import (Scene, Waiting, all_fresh, blurred, cross_entropy, of_another_class, other_chosen, pasted,
+                            put, seat, shifted_from, statistics_kept, wrong)
 
 # --- in which step: (net: images -> logits, images [B, 3, H, W], labels, Proxy) -> Trained ---------------------------
 
@@ -71,32 +70,32 @@ def same_step(net, images, labels, proxy):
     return Trained(cross_entropy(net(images), labels, valid), fresh, valid, passed)
 
 
-def heat_from(net, images, labels, proxy):
+def of_another(net, images, labels, proxy):
     """As `same_step`, but the heat is that of another network, `proxy.heat_net`, which is not trained."""
     with proxy.explain:
-        logits, fresh, passed = proxy.heat_net(images), all_fresh(labels), len(labels)
+        logits, fresh = proxy.heat_net(images), all_fresh(labels)
         rows, chosen = proxy.select(logits, labels, fresh)
         copies, _, _ = proxy.erased(images, labels, fresh, logits, rows, chosen)
     del logits
+    return trained_on(net, images, labels, rows, copies, proxy, len(labels))
+
+
+def of_snapshot(net, images, labels, proxy):
+    """Every image with the snapshot's heat, `proxy.heat_of_batch`, which was taken before: no other pass."""
+    every, rows = all_fresh(labels), torch.arange(len(labels), device=labels.device)
+    copies = proxy.fill(images, labels, every, rows, every, proxy.heat_of_batch, proxy.mask(proxy.heat_of_batch))
+    return trained_on(net, images, labels, rows, copies, proxy)
+
+
+def trained_on(net, images, labels, rows, copies, proxy, passed=0):
+    """A step on a batch with the copies of its images `rows`; the network sees the images only as it trains on them."""
     images, labels, fresh, valid = proxy.join(images, labels, rows, copies)
     logits = net(images)
-    proxy.count(logits, labels, all_fresh(labels) if valid is None else valid)  # it sees them only as it trains on them
+    proxy.count(logits, labels, all_fresh(labels) if valid is None else valid)
     return Trained(cross_entropy(logits, labels, valid), fresh, valid, passed)
 
 
-STEPS = {"online": online, "same_step": same_step, "heat_from": heat_from}
-AT_ONCE = {"same_step", "heat_from"}  # train on all that they erase; others on at most SHARE of a batch, in the next
-SHARE = 0.5
-
-
-def timed(method):
-    """A method of `Proxy` whose time counts as the heat's."""
-    @functools.wraps(method)
-    def inner(self, *arguments):
-        with self.counts.timing_cam() if self.counts else contextlib.nullcontext():
-            return method(self, *arguments)
-
-    return inner
+STEPS = {"online": online, "same_step": same_step}
 
 
 class Proxy:
@@ -105,20 +104,24 @@ class Proxy:
     config: the settings step, schedule, select, control, explain, area, fill, budget. explain: the `cam.CAM` to enter
     around the forward pass, or None. normalisation: (mean, std), each [1, 3, 1, 1]. seats: at most so many images are
     erased in a step; all by default. heat_net: images -> logits of another network, where the heat is of that one.
-    counts: the epoch's `costs.Counts`, or None. Set `key` before each step; all draws follow from it.
+    counts: the epoch's `costs.Counts`, or None. grids: [N, h, w], heat of all training images, where it is the
+    snapshot's. Set `key` before each step, from which all draws follow, and beside grids `heat_of_batch`, [B, H, W].
     """
 
-    def __init__(self, config, explain, normalisation, seats=None, heat_net=None, counts=None):
-        self.config, self.explain, self.seats, self.heat_net = config, explain, seats, heat_net
+    def __init__(self, config, explain, normalisation, seats=None, heat_net=None, counts=None, grids=None):
+        self.config, self.explain, self.seats, self.heat_net, self.grids = config, explain, seats, heat_net, grids
         mean, std = normalisation
         self.black, self.white = -mean / std, (1 - mean) / std
-        self.key, self.waiting, self.counts = (), None, counts
+        self.key, self.waiting, self.counts, self.heat_of_batch = (), None, counts, None
 
     def step(self, epoch, accuracies):
         """The function of an epoch's steps. accuracies: on validation, of each epoch before."""
         name, argument = read_schedule(self.config["schedule"])
-        erases = self.explain is not None and SCHEDULES[name](epoch, argument, accuracies)
-        return STEPS[self.config["step"]] if erases else plain
+        if self.grids is not None:
+            return of_snapshot
+        if self.explain is None or not SCHEDULES[name](epoch, argument, accuracies):
+            return plain
+        return STEPS[self.config["step"]] if self.heat_net is None else of_another
 
     def count(self, logits, labels, fresh):
         """Note how many of the fresh images are misled."""
@@ -326,9 +329,7 @@ def transplant(images, mask, scene):
 
     So the image shows evidence against what the network relies on, its label unchanged; one chosen alone, only noise.
     """
-    filled = noise(images, mask, scene)
-    donors, given = other_chosen(scene)
-    return put(filled, mask[donors] & given[:, None, None], images[donors])
+    return pasted(noise(images, mask, scene), images, mask, *other_chosen(scene))
 
 
 def swap(images, mask, scene):

@@ -36,7 +36,9 @@ from engine.display import console, print_epoch, show
 from engine.files import UserError
 from engine.fit import out_of_memory
 from engine.folder import read_log
+from engine.settings import SNAPSHOT
 from engine.training import Interval, Parts, Stage, check_finite, finish_epoch, load_last, save_last, set_up, validate
+from snapshot import with_snapshot
 from staged import staged
 
 
@@ -51,7 +53,7 @@ def train(config, folder, dataset, split, model, device, stage, stop):
     accuracies = [line["val_accuracy"] for line in read_log(folder)][:first_epoch]
     due, stop.within_steps = Interval(), True
 
-    for epoch in range(first_epoch, stage.end):
+    for epoch in range(first_epoch, stage.pause or stage.end):
         batches = parts.of(epoch, first_step)
         counts = counts or Counts(device, t.energy)
         t.begin_epoch(counts)
@@ -99,6 +101,9 @@ def run_to_its_end(ready, stop, any_code):
     if config["mode"] == "staged":
         del model  # each stage opens its own
         staged(config, folder, dataset, split, device, stop, epoch, train)
+    elif config["heat"] == SNAPSHOT:
+        del model
+        with_snapshot(config, folder, dataset, split, device, stop, epoch, train)
     else:
         model = model or launch.open_network(config, folder, dataset)
         train(config, folder, dataset, split, model, device, Stage(0, config["epochs"]), stop)

@@ -1,6 +1,6 @@
 """What a run takes from a run before: its network to start from, its heat, or what it got wrong.
 
-`--init RUN` starts from that run's weights, `--heat-from RUN` takes the heat of its network, which stays as it is, and
+`--init RUN` starts from that run's weights, `--heat RUN` takes the heat of its network, which stays as it is, and
 `--reweight RUN` draws the training images that it gets wrong more often.
 """
 
@@ -14,7 +14,7 @@ from engine.display import console
 from engine.files import UserError
 from engine.folder import open_finished
 from engine.network import build_network, head_names, normalisation
-from engine.settings import option
+from engine.settings import SNAPSHOT, option
 
 UPWEIGHT = 20  # how many times as often --reweight draws an image; chosen in `tune-shortcut` among 5, 20 and 50
 
@@ -63,26 +63,26 @@ def run_before(config, key, classes):
 
 
 def heat_run(config, classes):
-    """The run of --heat-from, or None. Raises UserError where its network is not this run's: one layer serves both."""
-    if config["heat_from"] is None:
+    """The run of --heat, or None. Raises UserError where its network is not this run's: one layer serves both."""
+    if config["heat"] in (None, SNAPSHOT):
         return None
-    first = run_before(config, "heat_from", classes)
+    first = run_before(config, "heat", classes)
     for key, name in (("model_entry", "model"), ("image_size", "image_size")):
         if first.config[key] != config[key]:
-            raise UserError(f"--heat-from {first.folder}: has {option(name)} {json.dumps(first.config[name])}, not "
+            raise UserError(f"--heat {first.folder}: has {option(name)} {json.dumps(first.config[name])}, not "
                             f"{json.dumps(config[name])}; give a run with the same")
     return first
 
 
 def keep_heat_network(first, folder):
-    """Copy the last weights of the run --heat-from into `folder`, as `heat.pt`: the run is then complete without it."""
+    """Copy the last weights of the run --heat into `folder`, as `heat.pt`: the run is then complete without it."""
     if first is not None:
         save_checkpoint(folder / "heat.pt", {"model": load_checkpoint(first.folder / "last.pt")["model"]})
 
 
 def heat_network(config, classes, folder):
-    """The network of --heat-from, as `folder` keeps it, frozen, in eval mode, on the CPU; or None."""
-    if config["heat_from"] is None:
+    """The network of --heat, as `folder` keeps it, frozen, in eval mode, on the CPU; None where it is a run's own."""
+    if config["heat"] is None or config["heat"] == SNAPSHOT and not (folder / "heat.pt").exists():
         return None
     model, _ = build_network(config, classes, pretrained=False)
     model.load_state_dict(load_checkpoint(folder / "heat.pt")["model"])

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -107,6 +108,16 @@ class Counts:
         found |= {key: int(found[key]) for key in ("erased_images", "skipped_steps", "images_seen")}
         return {"train_loss": loss / max(found["images_seen"], 1), "train_accuracy": 1 - wrong / max(fresh, 1),
                 "misled": wrong / max(fresh, 1), **found}
+
+
+def timed(method):
+    """A method whose time counts as the heat's, in its object's `counts`, `Counts` or None."""
+    @functools.wraps(method)
+    def inner(self, *arguments):
+        with self.counts.timing_cam() if self.counts else contextlib.nullcontext():
+            return method(self, *arguments)
+
+    return inner
 
 
 def merged(counts):

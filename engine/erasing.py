@@ -34,6 +34,11 @@ def put(images, mask, pixels):
     return torch.where(mask[:, None], pixels.to(images.dtype), images)
 
 
+def pasted(filled, images, mask, donors, given):
+    """What is filled, with the masked pixels of `images[donors]` on top, at their own place, where one is given."""
+    return put(filled, mask[donors] & given[:, None, None], images[donors])
+
+
 def of_another_class(scene, classes, may_give):
     """For each of the N images one of M at random, of another class: int64 [N], and whether there is one, bool [N].
 

@@ -7,7 +7,7 @@
 `experiments/NAME.json` has "arms", {name: settings}, or "grid", {setting: [values]}, or both, which are then combined;
 "seeds", a list; "settings" that all runs have; and "help". With "like": OTHER it takes all these of another experiment,
 and replaces what stands here: settings and arms key by key (an arm that is null goes), the rest as it stands. An arm
-with "init", "reweight" or "heat_from": "@ARM" builds on that arm's run of the same seed.
+with "init", "reweight" or "heat": "@ARM" builds on that arm's run of the same seed.
 
 A cell is one arm with one seed; its run is `runs/NAME/ARM-sSEED`, made by a command line that `env.json` shows and that
 gives the same run by hand.

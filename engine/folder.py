@@ -91,6 +91,9 @@ def modernised(config, where):
             _noted.add(ignored)
             note = f"ignored: {ignored}" if ignored else "all that was set still holds"
             print(f"{where}: made by an earlier program; {note}", file=sys.stderr)
+    if "heat_from" in config:  # before there were snapshots
+        config["heat"] = config.pop("heat_from")
+        config |= {"step": "online"} if config["heat"] else {}
     missing = {key: setting.neutral for key, setting in settings.SETTINGS.items() if key not in config}
     return config | missing | {"format": settings.FORMAT}
 
@@ -103,7 +106,7 @@ def _from_format_1(config):
     if config.get("warmup") and not config.get("schedule"):
         config["schedule"] = f"after:{config.pop('warmup')}"
     if config.pop("same_step", False):
-        config["step"] = "heat_from" if config.get("heat_from") else "same_step"
+        config["step"] = "same_step"
     if (config.get("mode"), config.get("protocol")) == ("online", "resplit"):
         config["mode"] = config.pop("protocol")
     gone = {key: config.pop(key) for key in (*settings.DROPPED, *data.ON_TOP) if key in config}

@@ -72,16 +72,14 @@ def group_metrics(labels, logits, groups, classes):
     return found, min(each["accuracy"] for each in found.values())
 
 
-def costs(log, prediction_seconds, stages=()):
+def costs(log, prediction_seconds, erasing=()):
     """What a run cost: sums over its epochs, and of memory the peaks. None where the machine cannot measure it.
 
-    log, stages: the lines of `log.jsonl` and `stages.jsonl`. energy_wh: of training, from counters of the hardware;
-    None where one of these lines has none.
-    second_pass_images: images that went through the network once more, for their heat alone: with --same-step each
-    batch that is erased, and in a staged run the training images of each stage 2, whose seconds count as training and
-    as heat.
+    log: the lines of `log.jsonl`. erasing: what lies between epochs, each with seconds, energy_wh and images: lines of
+    `stages.jsonl` for each stage 2, or `snapshot.json`. Its seconds count as training and as heat. energy_wh: of
+    training, from counters of the hardware; None where one of these has none. second_pass_images: images that went
+    through the network once more, for their heat alone.
     """
-    erasing = [line for line in stages if line["stage"] == 2]
     erasing_seconds = sum(line["seconds"] for line in erasing)
 
     def total(key):

@@ -22,15 +22,19 @@ GREY = 128  # what comes in from outside the image; black would look like someth
 
 def moved(images, *matrix):
     """Each pixel from where its image's matrix, a b c d e f, puts it from the centre; the nearest, or grey outside."""
+    shown = F.grid_sample(images.float() - GREY, places(images, *matrix), "nearest", "zeros", align_corners=False)
+    return (shown + GREY).to(torch.uint8)
+
+
+def places(images, *matrix):
+    """The grid of `moved`, [n, H, W, 2]."""
     height, width = images.shape[2:]
     theta = torch.stack([part.flatten() for part in matrix], 1).view(-1, 2, 3).transpose(1, 2)
     scale = torch.arange(2, device=images.device)  # made there: torch.tensor would have to be sent
     theta = theta / torch.where(scale == 0, 0.5 * width, 0.5 * height)
     across, down = (torch.linspace((1.0 - n) * 0.5, (n - 1.0) * 0.5, n, device=images.device) for n in (width, height))
     points = torch.stack([*torch.meshgrid(across, down, indexing="xy"), torch.ones_like(down[:, None] + across)], 2)
-    grid = (points.view(1, -1, 3).expand(len(images), -1, -1) @ theta).view(-1, height, width, 2)
-    shown = F.grid_sample(images.float() - GREY, grid, "nearest", "zeros", align_corners=False)
-    return (shown + GREY).to(torch.uint8)
+    return (points.view(1, -1, 3).expand(len(images), -1, -1) @ theta).view(-1, height, width, 2)
 
 
 def blended(images, other, share, rest):
@@ -117,6 +121,17 @@ def changed(images, operations):
             numbers = [column[:, None, None, None] for column in numbers[:len(parameters[rows[0]])]]
             images.index_copy_(0, there, function(images[there], *numbers))
     return images
+
+
+def carried(maps, operations):
+    """Maps float32 [B, 1, S, S], each moved as its image's operations move that in `changed`; 0 comes in from outside.
+    """
+    side, still = maps.shape[-1], (1, 0, 0, 0, 1, 0)
+    for each in zip(*operations):
+        matrices = [OPERATIONS[name][1](m, side) if OPERATIONS[name][0] is moved else still for name, m in each]
+        numbers = sent(torch.tensor(matrices, dtype=torch.float32), maps.device).T[..., None, None, None]
+        maps = F.grid_sample(maps, places(maps, *numbers), "bilinear", "zeros", align_corners=False)
+    return maps
 
 
 def rectangles(transform, count, first, shape, *key):

@@ -54,7 +54,7 @@ SETTINGS = {
     "schedule": Setting(str, WHEN, "epochs in which images are erased: every:K, after:E, plateau, or epochs and proxy "
                         "rounds as 20,p,19 (null: all)", optional=True, syntax=read_schedule),
     "step": Setting(str, WHEN, "train on what is erased in the next step (online), or at once, through a second pass "
-                    "(same_step); heat_from is that of --heat-from", choices=Keys("proxy", "STEPS"), neutral="online"),
+                    "(same_step)", choices=Keys("proxy", "STEPS"), neutral="online"),
     "select": Setting(str, IMAGES, "those the network gets wrong, or first those with the lowest confidence or the "
                       "highest loss, or all", choices=Keys("proxy", "SELECTIONS")),
     "cam": Setting(str, PIXELS, "what gives the heat; none: no Proxy Attention",
@@ -64,8 +64,9 @@ SETTINGS = {
     "explain": Setting(str, PIXELS, "what to explain: the loss, whose own backward pass brings the heat; or the "
                        "predicted class's logit, the true one's, or its margin over the best other",
                        choices=Keys("cam", "EXPLAIN")),
-    "heat_from": Setting(str, PIXELS, "take the heat from the network of the finished run in this folder, which stays "
-                         "as it is; implies --step heat_from", optional=True),
+    "heat": Setting(str, PIXELS, "whose heat, if not the network's own as it trains (null): snapshot, that of its copy "
+                    "after --schedule after:E epochs, a quarter of all by default, where a test says that it depends "
+                    "on few pixels; or of the finished run in this folder", optional=True),
     "area": Setting(float, PIXELS, "erase this share of an image's pixels, the hottest", TINY, 1),
     "fill": Setting(str, INSTEAD, "what goes where an image is erased", choices=Keys("proxy", "FILLS")),
     "budget": Setting(str, INSTEAD, "erased images take seats in the batch (equal) or ride behind it (extra)",
@@ -91,10 +92,16 @@ SETTINGS = {
 
 PER_MACHINE = ("name", "out", "device", "workers", "cache")  # settings that leave what is trained as it is
 MOVED = ("data_dir", "csv")  # may be others when a run goes on: the dataset's fingerprint tells whether it is the same
-OF_RUNS = ("init", "reweight", "heat_from")  # name the folder of another run
-STAGED_ONLY, ONLINE_ONLY = ("rounds", "target_accuracy"), ("step", "heat_from")
+OF_RUNS = ("init", "reweight", "heat")  # name the folder of another run
+STAGED_ONLY, ONLINE_ONLY = ("rounds", "target_accuracy"), ("step", "heat")
 # Settings that mean nothing where --cam is none.
-ERASING = ("step", "select", "layer", "explain", "heat_from", "area", "fill", "budget", "control")
+ERASING = ("step", "select", "layer", "explain", "heat", "area", "fill", "budget", "control")
+SNAPSHOT = "snapshot"
+# Defaults under --heat snapshot: how a shortcut is found and unlearned best, chosen in `tune-shortcut` and
+# `tune-snapshot`; and of the epochs, those before the snapshot is taken.
+OF_SNAPSHOT = {"select": "all", "cam": "elementwise", "layer": "-2", "explain": "margin", "area": 0.03,
+               "fill": "transplant"}
+SNAPSHOT_SHARE = 0.25
 # Settings of format 1 that are gone, and what the program does now in their place.
 DROPPED = {"layer_decay": 1.0, "freeze": 0, "weight_decay": 0.05, "clip": 1.0, "hide_and_seek": 0, "smooth": False,
            "warmup": 0, "subset": 1.0, "share": 0.5, "grow": 0, "threshold": None, "soften": 0, "weight": 1.0,
@@ -163,7 +170,9 @@ def resolve(configs, options):
         if not timm.is_model(name):
             raise UserError(f"unknown model {name!r}; configs.json has {', '.join(configs['models'])}, and timm has "
                             f"{len(timm.list_models())} more{nearest(name, [*configs['models'], *timm.list_models()])}")
-    config = {**configs["defaults"], **dataset.get("settings", {}), **model.get("settings", {}), **options}
+    given = {**dataset.get("settings", {}), **model.get("settings", {}), **options}
+    of_heat = OF_SNAPSHOT if (configs["defaults"] | given)["heat"] == SNAPSHOT else {}
+    config = configs["defaults"] | of_heat | given
     config = {key: config[key] for key in SETTINGS} | {"dataset": chosen["dataset"], "model": name}
     config["image_size"] = config["image_size"] or dataset["image_size"]
     if config["csv"] and not config["data_dir"]:
@@ -220,13 +229,31 @@ def check_agreement(config, options):
         raise UserError("--weights and --init contradict each other: give one of them")
     if config["reweight"] and config["mode"] != "online":
         raise UserError("--reweight goes with --mode online: leave it out, or change --mode")
-    if config["heat_from"]:
-        config["step"] = "heat_from"
-    elif config["step"] == "heat_from":
-        raise UserError("--step heat_from takes another network's heat: name its run with --heat-from")
-    if config["heat_from"] and config["cam"] == "none":
-        raise UserError("--heat-from gives the heat to erase by: choose a --cam other than none")
+    if config["heat"]:
+        _check_heat(config)
     _check_schedule(config, options)
+
+
+def _check_heat(config):
+    """What goes with another network's heat; makes --schedule of a snapshot what it is by default."""
+    if config["cam"] == "none":
+        raise UserError("--heat gives the heat to erase by: choose a --cam other than none")
+    if config["step"] != "online":
+        raise UserError(f"--step {config['step']} goes with a network's own heat: leave it out, or --heat")
+    if config["heat"] != SNAPSHOT:
+        return
+    for key, serves in (("mode", ("online",)), ("select", ("all",)), ("control", (None, "random", "coolest"))):
+        if config[key] not in serves:
+            raise UserError(f"--heat snapshot changes every image: {option(key)} {config[key]} does not go with it; "
+                            "leave it out")
+    if on_top := {"cutmix", "mixup"} & set(read_augment(config["augment"])[1]):
+        raise UserError(f"--heat snapshot has heat of single images, which --augment {on_top.pop()} mixes: leave one "
+                        "of the two out")
+    if config["epochs"] < 2:
+        raise UserError("--heat snapshot takes it between two epochs: expected --epochs 2 at least")
+    config["schedule"] = config["schedule"] or f"after:{max(1, round(SNAPSHOT_SHARE * config['epochs']))}"
+    if read_schedule(config["schedule"])[0] != "after" or not read_schedule(config["schedule"])[1]:
+        raise UserError(f"--schedule {config['schedule']}: --heat snapshot is taken once, as with --schedule after:2")
 
 
 def _check_schedule(config, options):

@@ -18,12 +18,14 @@ from engine.chance import stable_seed
 from engine.display import console
 from engine.files import UserError
 from engine.folder import read_log
-from engine.loader import Batches, pixels_of, prepare
+from engine.loader import Batches, pixels_of, prepare, sent
 from engine.network import AMP, normalisation, pick_amp
+from engine.settings import SNAPSHOT
 
 WEIGHT_DECAY = 0.05  # AdamW's, on matrices and kernels only
 CLIP = 1.0  # largest norm of the gradient
 WARM_UP_SHARE = 0.25  # of the one-cycle schedule: the learning rate rises for a quarter of the steps
+SHARE = 0.5  # of a batch, at most, is erased for the next step; steps that train on it at once may erase all
 FEWEST_STEPS = 8  # a one-cycle schedule of fewer divides by zero or stays at zero: shorter runs end within this one
 CHECKPOINT_SECONDS = 600  # from one checkpoint to the next within an epoch
 SKIPS_IN_A_ROW = 10  # steps without a finite gradient that end a run; float16's scaler finds its scale in fewer
@@ -31,17 +33,20 @@ START_ANEW = "Start anew with a lower --lr, or without --amp float16"
 
 
 class Stage(NamedTuple):
-    """The epochs that one call of `train` covers. A run has one stage, a staged run several."""
+    """The epochs that one call of `train` covers. A run has one stage, a staged run several, --heat snapshot two."""
 
     start: int  # epochs that lie before it
     end: int
     round: int | None = None  # of a staged run
     copies: frozenset = frozenset()  # ids of training images that are erased copies
+    pause: int | None = None  # `train` returns after so many epochs, in the middle of the stage's learning rates
+    follows: float | None = None  # under --heat snapshot, once it is taken: its answer
+    grids: torch.Tensor | None = None  # and its heat of the training images, [N, h, w], if it is to be used
 
     def notes(self, parts):
-        """What a staged run adds to an epoch's line in the log."""
+        """What a staged run, or --heat snapshot, adds to an epoch's line in the log."""
         if self.round is None:
-            return {}
+            return {} if self.follows is None else {"follows": self.follows}
         seen = (parts.split["train"][i] in self.copies for i in parts.batches.order.rows().flat)
         return {"round": self.round, "erased_images": sum(seen)}
 
@@ -85,10 +90,11 @@ class Training:
     """What the steps of a stage work with: network, optimizer, learning rate, and Proxy Attention's part.
 
     model: the network; what a step calls is the model, compiled or shared between processes as the settings have it.
-    classes: their number. steps: optimizer steps in all. explained: under --heat-from the network whose heat it is.
+    classes: their number. steps: optimizer steps in all. explained: under --heat RUN the network whose heat it is.
+    grids: as in `Stage`.
     """
 
-    def __init__(self, config, model, device, classes, steps, seats=None, explained=None):
+    def __init__(self, config, model, device, classes, steps, seats=None, explained=None, grids=None):
         self.config, self.model, self.device, self.classes = config, model, device, classes
         self.amp = AMP[pick_amp(config["amp"], device)]
         self.mean, self.std = (t.to(device) for t in normalisation(config, model))
@@ -107,10 +113,11 @@ class Training:
         if explained is not None:  # another network is neither trained nor compiled
             explained.to(device, memory_format=torch.channels_last)
             heat_net = functools.partial(self.forward, network=explained)
-        if config["cam"] != "none" and config["mode"] != "staged":
+        if config["cam"] != "none" and config["mode"] != "staged" and config["heat"] != SNAPSHOT:
             compiled = config["compile"] and explained is None
             explain = cam.CAM(model if explained is None else explained, config["cam"], config["layer"], compiled)
-        self.proxy = proxy.Proxy(config, explain, (self.mean, self.std), seats, heat_net)
+        grids = grids if grids is None else grids.to(device)
+        self.proxy = proxy.Proxy(config, explain, (self.mean, self.std), seats, heat_net, grids=grids)
 
     def forward(self, images, network=None):
         """Logits of one forward pass, in mixed precision where the settings have it."""
@@ -129,7 +136,12 @@ class Training:
         ranks.average(self.shared, self.updates(step, steps))
         key = self.proxy.key = (self.config["seed"], epoch, step)
         torch.manual_seed(stable_seed("step", *key, *[ranks.RANK] * (ranks.RANK > 0)))
-        place = (ranks.RANK * len(labels), ranks.RANKS * len(labels))
+        first = ranks.RANK * len(labels)
+        place = (first, ranks.RANKS * len(labels))
+        if self.proxy.grids is not None:
+            rows = sent(torch.from_numpy(self.order.rows()[step, first:first + len(labels)]), self.device)
+            heat = self.proxy.grids[rows].float()
+            self.proxy.heat_of_batch = data.moved(heat, pixels.shape[-1], self.config, key, place)
         return data.augment(pixels, labels, self.mean, self.std, self.classes, self.config, key, place)
 
     def updates(self, step, steps):
@@ -186,12 +198,12 @@ def flattened(buffers):
 
 def set_up(config, folder, parts, model, device, stage):
     """`Training` for a stage."""
-    classes, share = len(parts.dataset.classes), 1 if config["step"] in proxy.AT_ONCE else proxy.SHARE
-    seats = max(1, int(share * parts.batches.order.batch_size))
-    explained = before.heat_network(config, classes, folder)
+    classes, at_once = len(parts.dataset.classes), config["step"] == "same_step" or config["heat"] is not None
+    seats = max(1, int((1 if at_once else SHARE) * parts.batches.order.batch_size))
+    explained = None if config["heat"] == SNAPSHOT else before.heat_network(config, classes, folder)
     updates = math.ceil(len(parts.batches) / config["accumulate"])  # of an epoch
-    t = Training(config, model, device, classes, (stage.end - stage.start) * updates, seats, explained)
-    t.folder, t.made_with = folder, checkpoint.made_with(config, parts.split)
+    t = Training(config, model, device, classes, (stage.end - stage.start) * updates, seats, explained, stage.grids)
+    t.folder, t.made_with, t.order = folder, checkpoint.made_with(config, parts.split), parts.batches.order
     return t
 
 

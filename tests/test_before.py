@@ -114,7 +114,7 @@ def once(tmp_path_factory):
     return out / "first"
 
 
-# --heat-from
+# --heat
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_the_heat_may_come_from_the_network_of_a_run_before_which_stays_as_it_is
         return found
 
     monkeypatch.setattr(proxy.Proxy, "erased", spy)
-    second = trained(*small, "--heat-from", str(first), "--select", "all", "--explain", "true", "--fill", "noise")
+    second = trained(*small, "--heat", str(first), "--select", "all", "--explain", "true", "--fill", "noise")
     assert len(seen) == 2 * 8 + 1 and all(map(all, seen))  # each step, and the sheet
     lines, kept, own = read_log(second), weights_of(first), weights_of(second)
     assert all(line["second_pass_images"] == 8 * 32 >= line["erased_images"] > 200 for line in lines)  # heat can be 0
@@ -152,7 +152,7 @@ def test_the_heat_may_come_from_the_network_of_a_run_before_which_stays_as_it_is
 @pytest.mark.slow
 def test_a_run_with_the_heat_of_another_goes_on_to_the_same_bits_without_it(trained, tmp_path, monkeypatch, capsys):
     first = trained("--train-fraction", "0.2", "--cam", "none", epochs=2)
-    arguments = ["--train-fraction", "0.2", "--heat-from", str(first), "--select", "all", "--fill", "transplant",
+    arguments = ["--train-fraction", "0.2", "--heat", str(first), "--select", "all", "--fill", "transplant",
                  "--epochs", "2", "--out", str(tmp_path), "--name"]
     assert train.main([*arguments, "alone"]) == 0
     with monkeypatch.context() as patch:
@@ -172,12 +172,12 @@ def test_a_run_with_the_heat_of_another_goes_on_to_the_same_bits_without_it(trai
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--heat-from", "elsewhere"], "config.json"),
-    (["--heat-from", "first", "--classes", "1,2"], "has the classes 0, 1"),
-    (["--heat-from", "first", "--model", "test_vit", "--no-pretrained"], 'has --model "resnet10s", not "test_vit"'),
-    (["--heat-from", "first", "--image-size", "40"], "has --image-size 32, not 40"),
-    (["--heat-from", "first", "--cam", "none"], "a --cam other than none"),
-    (["--heat-from", "first", "--mode", "staged"], "goes with --mode online")])
+    (["--heat", "elsewhere"], "config.json"),
+    (["--heat", "first", "--classes", "1,2"], "has the classes 0, 1"),
+    (["--heat", "first", "--model", "test_vit", "--no-pretrained"], 'has --model "resnet10s", not "test_vit"'),
+    (["--heat", "first", "--image-size", "40"], "has --image-size 32, not 40"),
+    (["--heat", "first", "--cam", "none"], "a --cam other than none"),
+    (["--heat", "first", "--mode", "staged"], "goes with --mode online")])
 def test_a_run_that_cannot_give_the_heat_is_named_before_anything_is_trained(arguments, message, once, tmp_path,
                                                                              monkeypatch, capsys):
     monkeypatch.chdir(once.parent)

@@ -100,10 +100,12 @@ def training_of(model="test_resnet", cam_name="gradcam", device=DEVICE, **change
     config = settings.resolve(settings.read_configs(), {"model": model, "cam": cam_name, "pretrained": False,
                                                         "amp": "off"}) | changes
     size = {"img_size": 64} if "vit" in model else {}
-    nets = [timm.create_model(model, num_classes=CLASSES, **size) for _ in range(1 + (config["step"] == "heat_from"))]
+    nets = [timm.create_model(model, num_classes=CLASSES, **size) for _ in range(1 + (config["heat"] == "RUN"))]
     if device == DEVICE:
         nets = [on(net) for net in nets]
-    t = training.Training(config, nets[0], device, CLASSES, 100, 3, *[net.eval() for net in nets[1:]])
+    grids = torch.rand(COUNT, 8, 8).half() if config["heat"] == "snapshot" else None
+    t = training.Training(config, nets[0], device, CLASSES, 100, 3, *[net.eval() for net in nets[1:]], grids=grids)
+    t.order = loader.Order(4 * COUNT, COUNT, 0)
     if device == DEVICE:
         t.optimizer.defaults["fused"], t.optimizer.step = True, lambda: None  # it would need the kernels themselves
     if t.proxy.explain is not None:
@@ -120,9 +122,8 @@ def steps(t, batches, watch=Watch, count=2):
     for step in range(count):
         with watch if step else contextlib.nullcontext():
             pixels, labels = batches(t.device)
-            images, labels = t.prepare(pixels, labels, 0, step, count + 1)
-            take = proxy.plain if t.config["cam"] == "none" else proxy.STEPS[t.config["step"]]
-            trained = take(t.forward, images, labels, t.proxy)
+            images, labels = t.prepare(pixels, labels, 0, step, count + 1)  # of --heat snapshot, looks its heat up
+            trained = t.proxy.step(0, [])(t.forward, images, labels, t.proxy)
             updated, skipped = t.backward(trained.loss, step, count + 1)
             counts.add(trained, updated, skipped)
     assert isinstance(watch, Watch) or math.isfinite(counts.totals()["train_loss"])
@@ -143,8 +144,11 @@ def cycled(**names):
 
 CASES = cycled(fill=proxy.FILLS, select=proxy.SELECTIONS, explain=cam.EXPLAIN, control=(None, *proxy.CONTROLS)[::-1],
                augment=[*data.AUGMENTATIONS, *(f"none,{name}" for name in data.ON_TOP)])
-CASES += [{"step": step, "budget": budget, "fill": fill, "augment": augment} for step in proxy.STEPS
+CASES += [{**step, "budget": budget, "fill": fill, "augment": augment}
+          for step in ({"step": "online"}, {"step": "same_step"}, {"heat": "RUN"})
           for budget, fill, augment in (("equal", "swap", "cutmix"), ("extra", "transplant", "mixup"))]
+CASES += [{"heat": "snapshot", "fill": fill, "augment": augment, "budget": budget} for augment, fill, budget in zip(
+    data.MOVES, ("transplant", "swap", "noise", "transplant"), ("equal", "extra") * 2)]
 CASES += [{"cam_name": method} for method in ("none", *cam.METHODS) if method not in (*cam.ATTENTION, "gradcam", "cam")]
 CASES += [{"cam_name": "cam", "layer": "-1"}, {"budget": "extra"}]
 CASES += [{"model": "test_vit", "cam_name": method} for method in ("gradcam", "eigencam", *cam.ATTENTION)]

@@ -62,7 +62,7 @@ def test_a_run_made_with_64_settings_opens_with_todays(opened, capsys):
     assert config["format"] == settings.FORMAT == 2
     assert (config["augment"], config["schedule"], config["mode"]) == ("light,cutmix:1.0", "every:2", "online")
     assert data.read_augment(config["augment"]) == ("light", {"cutmix": 1.0})
-    kept = set(settings.SETTINGS) - {"augment", "step", "csv", "csv_columns"}
+    kept = set(settings.SETTINGS) - {"augment", "step", "csv", "csv_columns", "heat"}
     assert {key: config[key] for key in kept} == {key: FORMAT_1[key] for key in kept}
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
@@ -77,7 +77,7 @@ def test_a_run_made_with_64_settings_opens_with_todays(opened, capsys):
     ({"schedule": "2,p", "protocol": "resplit"}, {"mode": "resplit", "schedule": "2,p"}),
     ({"area": None, "threshold": 0.5}, {"area": 0.1}), ({"fill": "white"}, {"fill": "black"}),
     ({"same_step": True}, {"step": "same_step"}),
-    ({"same_step": True, "heat_from": "runs/first"}, {"step": "heat_from", "heat_from": "runs/first"}),
+    ({"same_step": True, "heat_from": "runs/first"}, {"step": "online", "heat": "runs/first"}),
     ({}, {"step": "online"}),
 ])
 def test_settings_that_are_parts_of_others_now_are_read_there(change, expected, opened):

@@ -71,7 +71,7 @@ def runs_or_names_why(arguments, tmp_path, capsys):
 @given(options=st.lists(st.one_of(ONE, ONE, ONE, WORDS, OTHERS, st.builds("{}={}".format, OTHERS, WORDS)), max_size=4))
 @example(options=["--experiment=demo", "--jobs=--"])
 @example(options=["--resume=--"])
-@example(options=["--heat-from=" + "9" * 400])
+@example(options=["--heat=" + "9" * 400])
 @example(options=["--dataset=folder", "--data-dir=" + "9" * 400])
 def test_whatever_the_command_line_holds_is_understood_or_refused_in_one_line(options, tmp_path_factory, capsys,
                                                                               monkeypatch):

@@ -16,13 +16,13 @@ ORDER = [
     "bench", "report",
     *(f"study.{name}" for name in ("pages", "appendix", "explain", "figures", "comparison", "arms", "statistics",
                                    "faithfulness", "peers")),
-    "train", "staged", "eval",
+    "train", "staged", "eval", "snapshot",
     *(f"engine.{name}" for name in ("experiment", "launch", "fit", "training", "pictures", "before", "predict",
-                                    "metrics", "folder", "costs", "checkpoint", "network", "options", "settings",
+                                    "metrics", "folder", "checkpoint", "network", "options", "settings",
                                     "schema")),
     "proxy", "cam", "data",
-    *(f"engine.{name}" for name in ("hooks", "erasing", "policies", "classes", "table", "cache", "loader", "decoy",
-                                    "dataset", "split", "display", "ranks", "chance", "files")),
+    *(f"engine.{name}" for name in ("costs", "hooks", "erasing", "policies", "classes", "table", "cache", "loader",
+                                    "decoy", "dataset", "split", "display", "ranks", "chance", "files")),
 ]
 
 

@@ -180,16 +180,16 @@ SEVEN = [*TINY, "--train-fraction", "0.35", "--image-size", "64", "--select", "a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate, step, more", [
-    (1, "online", []), (2, "online", ["--compile"]), (3, "online", []), (3, "same_step", []), (3, "heat_from", []),
+    (1, "online", []), (2, "online", ["--compile"]), (3, "online", []), (3, "same_step", []), (3, "another", []),
     (3, "same_step", ["--cam", "none"])])
 def test_gradients_are_averaged_once_in_each_step_of_the_optimizer(accumulate, step, more, alone_and_together, tmp_path,
                                                                    train_process):
     """And where nothing depends on who has an image, the weights are those of one process with the same batches."""
     arguments = [*SEVEN, "--epochs", "2", "--accumulate", accumulate, "--step", step, *more, "--out", tmp_path]
-    if step == "heat_from":
+    if step == "another":
         first = train_process([*SEVEN, "--cam", "none", "--epochs", "1", "--out", tmp_path, "--name", "first"])
         assert first.wait() == 0, first.output()
-        arguments += ["--heat-from", tmp_path / "first"]
+        arguments += ["--heat", tmp_path / "first"]
     process = train_process([*arguments, "--name", "two"], ranks=2, target=counted)
     assert process.wait() == 0, process.output()
     steps = [line["optimizer_steps"] for line in read_log(tmp_path / "two")]

@@ -185,11 +185,11 @@ def test_same_step_trains_on_its_copies_at_once_in_a_second_pass(budget, net):
 
 
 @BUDGETS
-def test_heat_from_erases_what_another_network_shows_and_trains_the_one_in_training(budget, net):
+def test_another_networks_heat_erases_what_another_network_shows_and_trains_the_one_in_training(budget, net):
     images, labels = batch(1)
     other = network(7).requires_grad_(False)
     p = proxy_of(net, other, budget=budget, counts=counts())
-    trained = proxy.STEPS["heat_from"](net, images.clone(), labels, p)
+    trained = proxy.of_another(net, images.clone(), labels, p)
     rows, _, copies, _, _ = erased_of(other, images, labels)
     assert not torch.equal(net(images).argmax(1), other(images).argmax(1))  # they are misled by other images
     joined, of_joined = simple_seats((images, labels), copies, budget, rows)

@@ -1,0 +1,189 @@
+"""Unlearn in one run what was learnt first, and only where a test says that there is something to unlearn.
+
+    python train.py --heat snapshot                         # the test comes after a quarter of the epochs
+    python train.py --heat snapshot --schedule after:10     # after 10
+
+A shortcut is what a network learns first. So it trains plainly for a few epochs; then its copy, the *snapshot*, is
+asked whether it *follows*: whether it says another image's class when the other's few hottest pixels are pasted in,
+and does not when as many from a random place are. No label of a shortcut is needed, and no test image. Where it does
+not follow, the run goes on as one without Proxy Attention, to the same bits. Where it does, each training image's heat
+is taken once, by the snapshot, kept as a small grid, and moved with the image from there on; its hottest pixels become
+noise, and another image's hottest are pasted in, so that what was learnt first tells nothing any more.
+
+The answer lies in the run's folder, in `snapshot.json`; the snapshot itself in `heat.pt`, its heat in `snapshot.npz`.
+"""
+
+import time
+
+import numpy as np
+import torch
+import torch.optim.swa_utils
+
+import cam
+import proxy
+from engine import costs, files, predict, ranks
+from engine.chance import shuffled, torch_generator
+from engine.checkpoint import save_checkpoint
+from engine.display import console, progress
+from engine.erasing import Scene, of_another_class
+from engine.folder import open_run
+from engine.launch import open_network
+from engine.loader import prepare
+from engine.network import AMP, normalisation, pick_amp
+from engine.training import Stage
+
+# A difference of two shares of the same images has a standard deviation of at most 1: so many pairs tell it to within
+# 5 points in 95%, whatever it is. A smaller dataset is asked in full.
+PAIRS = 1537
+# Midway between what faint_digits had with planted squares (0.19 to 0.40) and without (-0.01 to 0.05), on seeds 0 to 4
+# and with snapshots after 5, 10 and 15 of 40 epochs.
+THRESHOLD = 0.12
+
+
+def with_snapshot(config, folder, dataset, split, device, stop, epoch, train):
+    """A run under --heat snapshot, from wherever it stands. epoch: epochs in the checkpoint. train: of `train.py`."""
+    first, last = proxy.read_schedule(config["schedule"])[1], config["epochs"]
+
+    def stage(**of_stage):
+        train(config, folder, dataset, split, open_network(config, folder, dataset), device, Stage(**of_stage), stop)
+
+    if ranks.from_first(forget, folder, epoch < first):
+        stage(start=0, end=last, pause=first)
+        look(config, folder, dataset, split, device, first)
+    answer = ranks.from_first(files.read_json, folder / "snapshot.json")
+    if answer["transplants"]:
+        grids = torch.from_numpy(files.read_arrays(folder / "snapshot.npz")["grids"])
+        stage(start=first, end=last, follows=answer["follows"], grids=grids)  # learning rate and optimizer begin anew
+    else:
+        stage(start=0, end=last, follows=answer["follows"])  # as if nothing had been asked
+
+
+def forget(folder, early):
+    """Whether there is no answer yet; one that lies behind the checkpoint that the run goes on from is removed."""
+    if early:
+        (folder / "snapshot.json").unlink(missing_ok=True)
+    return not (folder / "snapshot.json").exists()
+
+
+def look(config, folder, dataset, split, device, epoch):
+    """Ask whether the network in `last.pt` follows; where it does, keep it and its heat of the training images."""
+    start, energy = time.perf_counter(), costs.Energy(device, first=ranks.LOCAL_RANK == 0)
+    ranks.from_first(lambda: None)  # it has written `last.pt`
+    model = open_run(folder).network().to(device, memory_format=torch.channels_last).requires_grad_(False)
+    explained = Explained(config, dataset, model, device)
+    ranks.from_first(explained.settle, split["train"])
+    ranks.share_buffers(model)
+    answer = ranks.from_first(ask, explained, split)
+    grids = heat_of_all(explained, split["train"]) if answer["transplants"] else None
+    answer |= {"epoch": epoch, "images": sum(ranks.everyone(explained.passed)),
+               "seconds": round(time.perf_counter() - start, 3),
+               "energy_wh": costs.added(ranks.everyone(energy.watt_hours()))}
+    energy.close()
+    costs.release(device)
+    ranks.from_first(write, folder, answer, grids, model.state_dict())
+    console.print(describe(answer), soft_wrap=True)
+
+
+def write(folder, answer, grids, state):
+    """The snapshot and its heat, then the answer: with that the run goes on, and without it asks again."""
+    if grids is not None:
+        save_checkpoint(folder / "heat.pt", {"model": state})
+        files.write_arrays(folder / "snapshot.npz", {"grids": grids})
+    files.write_json(folder / "snapshot.json", answer)
+
+
+class Explained:
+    """Batches of a run's images with their heat by one frozen network: images, labels, logits, grids [B, h, w]."""
+
+    def __init__(self, config, dataset, model, device):
+        self.config, self.dataset, self.model, self.device = config, dataset, model, device
+        self.mean, self.std = (t.to(device) for t in normalisation(config, model))
+        self.amp, self.passed = AMP[pick_amp(config["amp"], device)], 0  # images, through the network
+
+    def settle(self, ids):
+        """Take the statistics of batch norm anew, over some of the images that it trains on, as they are.
+
+        While the learning rate is high the running ones lag behind the weights, and what a network says then is often
+        one class. torch's function for averaged weights does it; a network without batch norm stays as it is.
+        """
+        ids = shuffled(ids, "settle", self.config["seed"])[:PAIRS]
+        ids = ids[:max(1, len(ids) // self.config["batch_size"]) * self.config["batch_size"]]  # no small last batch
+        batches = predict.batches_in_order(self.config, self.dataset, ids, self.device)
+        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            torch.optim.swa_utils.update_bn((prepare(pixels, self.mean, self.std) for pixels, _ in batches), self.model)
+        self.passed += len(ids)
+
+    def forward(self, images):
+        self.passed += len(images)
+        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            return self.model(images)
+
+    def of(self, ids, text, **share):
+        batches = predict.batches_in_order(self.config, self.dataset, ids, self.device, **share)
+        score = cam.EXPLAIN[self.config["explain"]]
+        with cam.CAM(self.model, self.config["cam"], self.config["layer"]) as explain:
+            for pixels, labels in progress(batches, text):
+                images = prepare(pixels, self.mean, self.std)
+                labels, logits = labels.to(self.device), self.forward(images)
+                yield images, labels, logits, explain(logits, None, *score(logits, labels))
+
+
+def heat_of_all(explained, ids):
+    """Heat of these images, as they are: float16 [N, h, w], on rank 0; None on others, which take a share each."""
+    found = [grids.half() for *_, grids in explained.of(ids, "heat", rank=ranks.RANK, ranks=ranks.RANKS)]
+    shares = ranks.to_first(torch.cat(found))
+    if shares is None:
+        return None
+    grids = torch.empty(len(ids), *shares[0].shape[1:], dtype=torch.float16)
+    for rank, share in enumerate(shares):
+        grids[rank::ranks.RANKS] = share
+    return grids.numpy()
+
+
+def ask(explained, split):
+    """How much the network follows, over all and by the class that is pasted in: a dict, for `snapshot.json`.
+
+    follows: share of pairs, among those whose donor the network recognises, in which it says the donor's class when
+    the donor's hottest pixels are pasted in, less that share when as many from a random place are.
+    """
+    classes, seed = split["classes"], explained.config["seed"]
+    ids, found = shuffled([*split["train"], *split["val"]], "snapshot", seed)[:PAIRS], []
+    for number, (images, labels, logits, grids) in enumerate(explained.of(ids, "does it follow?")):
+        heat = cam.upsample(grids, images.shape[-2:])
+        found.append(pairs(explained, images, labels, logits, heat, (seed, number)))
+    donor, known, hot, other = (torch.cat(part).cpu().numpy() for part in zip(*found))
+    gain = hot.astype(np.int8) - other.astype(np.int8)
+    by_class = {name: float(gain[known & (donor == c)].mean()) for c, name in enumerate(classes)
+                if (known & (donor == c)).any()}
+    follows = float(gain[known].mean()) if known.any() else 0.0
+    half = 1.96 * float(gain[known].std()) / max(1, known.sum()) ** 0.5  # 95%, over pairs of this network
+    return {"follows": follows, "interval": [follows - half, follows + half], "threshold": THRESHOLD,
+            "pairs": int(known.sum()), "asked": len(ids), "by_class": by_class, "transplants": follows > THRESHOLD}
+
+
+def pairs(explained, images, labels, logits, heat, key):
+    """What the network says of images [N, 3, H, W] with pixels of another image in them: four tensors [N].
+
+    The donor's class, int64; whether the network recognises the donor, and the pair is one at all; whether it says the
+    donor's class when the donor's hottest pixels are pasted in, and when as many from a random place are.
+    """
+    eraser = proxy.Proxy(explained.config, None, (explained.mean, explained.std))
+    every, rows, said = labels >= 0, torch.arange(len(labels), device=labels.device), []
+    for control in (None, "random"):
+        mask = proxy.pixel_mask(heat, explained.config["area"], control, key)
+        scene = Scene(heat, every, rows, images, labels, every, eraser.black, eraser.white,
+                      torch_generator(images.device, "follows", *key))  # the same pairs and noise both times
+        donors, given = of_another_class(scene, labels, mask.flatten(1).any(1))
+        filled = proxy.pasted(proxy.noise(images, mask, scene), images, mask, donors, given)
+        said.append(explained.forward(filled).argmax(1) == labels[donors])
+    return labels[donors], given & (logits.argmax(1) == labels)[donors], *said
+
+
+def describe(answer):
+    """The answer in one sentence."""
+    follows, low, high, threshold = (f"{100 * x:.1f}" for x in (answer["follows"], *answer["interval"],
+                                                               answer["threshold"]))
+    then = "it depends on few pixels, and every image is transplanted from here on" if answer["transplants"] else \
+        "it does not depend on few pixels, and the run goes on plainly"
+    return (f"snapshot after {answer['epoch']} epochs: follows {follows} points ({low} to {high}, {answer['pairs']} "
+            f"pairs; threshold {threshold}): {then}")
