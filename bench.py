@@ -4,6 +4,7 @@
     python bench.py step                          # a step with Proxy Attention beside one without, and the library's
     python bench.py train --models resnet18       # complete epochs, beside timm's building blocks in a plain loop
     python bench.py staged --models resnet18      # stage 2 of --mode staged, beside a plain evaluation pass
+    python bench.py snapshot                      # a step and the pass of --heat snapshot, beside a plain one and peers
     python bench.py runs --script ~/timm/train.py # whole runs, beside timm's own script, which its repository has
 
 Times wander with the machine; the ratios of one run are what counts. The grad-cam library takes part where it is
@@ -11,130 +12,34 @@ installed (`tests/requirements.txt`). `--csv FILE` keeps the table, with the mac
 """
 
 import contextlib
-import csv
 import functools
-import gc
 import io
 import itertools
-import platform
-import random
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out under PYTHONSAFEPATH
 
-import timm
 import torch
 
 import cam
 import data
 import proxy
+import snapshot
 import staged
-from engine import cache, checkpoint, costs, files, folder, launch, loader, network, predict, settings, training
+from engine import cache, checkpoint, costs, folder, launch, loader, network, predict, settings, training
 from engine.options import Parser, program
 from study import peers
-from study.statistics import median_interval
+from study.timing import Table, medians, now, over, peak_bytes, ratio, timings
 
 MODELS = ["resnet18", "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small", "swin_tiny"]
 MISLED = (0.0, 0.1, 1.0)  # shares of a batch
 STEPS = {"plain": proxy.plain, **dict.fromkeys(["loss", "predicted", "extra"], proxy.STEPS["online"]),
          "second pass": proxy.STEPS["same_step"], "library": proxy.plain}
-
-
-def now(device):
-    """Seconds, after the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def timings(variants, rounds, device):
-    """{name: [milliseconds]} of {name: function}, after a round to warm up, in an order that changes each round.
-
-    A function that returns a float is counted by these seconds, and not by what the call took. None is left out.
-    """
-    variants = {name: variant for name, variant in variants.items() if variant}
-    taken = {name: [] for name in variants}
-    order = random.Random(0)  # what runs first in a round would otherwise always follow the same one
-    for round_ in range(rounds + 1):
-        for name, variant in order.sample(list(variants.items()), len(variants)):
-            gc.collect()
-            start = now(device)
-            counted = variant()
-            seconds = counted if isinstance(counted, float) else now(device) - start
-            if round_:
-                taken[name].append(1000 * seconds)
-    return taken
-
-
-def medians(variants, rounds, device):
-    """{name: median milliseconds}, of `timings`."""
-    return {name: statistics.median(times) for name, times in timings(variants, rounds, device).items()}
-
-
-def peak_bytes(work, device):
-    """Most bytes that `work` had allocated at one time, beyond what was there before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    changes = (event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    return max(0, *itertools.accumulate(changes))
-
-
-class Table:
-    """A table that is printed row by row and, under --csv, written anew with each row."""
-
-    def __init__(self, options, text, **columns):
-        """text: what is measured. columns: names and formats of the numbers; before them stands the network."""
-        name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else \
-            f"{folder.processor()}, {torch.get_num_threads()} threads"
-        self.machine = f"{name}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
-        self.text = (f"{text}; batch {options.batch_size}, {options.image_size} pixels, float32, random weights, "
-                     f"medians of {options.rounds} rounds")
-        self.file, self.columns = options.csv, {"network": "", **columns}
-        self.rows = [[*self.columns, "machine", "set"]]
-        print(f"{self.machine}\n{self.text}\n")
-        self._print(self.columns)
-
-    def _print(self, values):
-        cells = []
-        for value, (name, form) in zip(values, self.columns.items()):
-            text = value if isinstance(value, str) else "-" if value is None else format(value, form)
-            cells.append(f"{text:>{max(11, len(name))}}" if form else f"{text:16}")
-        print("  ".join(cells), flush=True)
-
-    def add(self, *values):
-        """A row; None is printed as a dash."""
-        self._print(values)
-        self.rows.append([*values, self.machine, self.text])
-        if self.file:
-            text = io.StringIO(newline="")
-            csv.writer(text).writerows(self.rows)
-            files.write_atomically(Path(self.file), lambda file: file.write(text.getvalue().encode()))
-
-
-def over(times, name, other):
-    """One time as a multiple of another, or None where it was not taken."""
-    return times[name] / times[other] if name in times else None
-
-
-def ratio(taken, name, other):
-    """Median over rounds of one time as a multiple of another, and its interval "low-high"; (None, None) if not taken.
-    """
-    if name not in taken:
-        return None, None
-    ratios = [a / b for a, b in zip(taken[name], taken[other])]
-    return statistics.median(ratios), "{:.3f}-{:.3f}".format(*median_interval(ratios))
 
 
 def network_and_images(short, options):
@@ -336,6 +241,55 @@ def bench_staged(options):
         table.add(short, times["evaluation"] / 1000, times["stage 2"] / 1000, over(times, "stage 2", "evaluation"))
 
 
+def bench_snapshot(options):
+    """--heat snapshot, as multiples of a plain step: its own; one whose heat another network gives in the step, as with
+    first maps (--heat RUN); one that masks by that, as MaskTune. pass: of a plain evaluation of the same images.
+    """
+    device = options.device
+    table = Table(options, "milliseconds, then multiples of plain", plain=".1f",
+                  **{f"{name}{more}": form for name in ("snapshot", "first maps", "MaskTune", "pass")
+                     for more, form in (("", ".3f"), (" 95%", ""))})
+    for short in options.models:
+        model, images = network_and_images(short, options)
+        other, _ = network_and_images(short, options)
+        labels, (mean, std) = torch.arange(len(images), device=device) % 10, unchanged(device)
+        pixels = loader.pixels_of(images, mean, std / 4)
+        config = settings.resolve(settings.read_configs(), {"dataset": "folder", "data_dir": ".", "heat": "snapshot",
+                                                            "amp": "off", "image_size": options.image_size})
+        explained = snapshot.Explained(config, None, other.eval().requires_grad_(False), device)
+        explained.batches = lambda ids, **share: [(pixels, labels)]
+        (*_, grids), = explained.of(None, "")  # fixes the layer
+        masktune = config | {"cam": "xgradcam", "layer": None, "explain": "predicted", "area": "2sd", "fill": "black"}
+        steps = {"plain": (proxy.plain, {"explain": None}), "snapshot": (proxy.of_snapshot, {"grids": grids}),
+                 "first maps": (proxy.of_another, {"heat_net": other, "explain": explained.cam}),
+                 "MaskTune": (proxy.of_another, {"heat_net": other, "explain": cam.CAM(other, "xgradcam")})}
+        works = {name: snapshot_step(model, pixels, labels, step, masktune if name == "MaskTune" else config, parts)
+                 for name, (step, parts) in steps.items()}
+        works |= {"pass": lambda: list(explained.of(None, "")),
+                  "evaluation": lambda: predict.predict(other, [(pixels, labels)], mean, std, device)}
+        taken = timings(works, options.rounds, device)
+        table.add(short, statistics.median(taken["plain"]), *itertools.chain(
+            *(ratio(taken, name, "plain") for name in list(steps)[1:]), ratio(taken, "pass", "evaluation")))
+
+
+def snapshot_step(model, pixels, labels, step, config, parts):
+    """A function that makes one training step, from uint8 pixels on, as `bench_snapshot` compares them."""
+    device = pixels.device
+    eraser = proxy.Proxy(config, parts.pop("explain", None), unchanged(device), **parts)
+    optimizer, key = torch.optim.AdamW(model.parameters(), lr=1e-12, fused=device.type in ("cpu", "cuda")), (0, 0, 0)
+
+    def work():
+        if eraser.grids is not None:
+            eraser.heat_of_batch = data.moved(eraser.grids.float(), pixels.shape[-1], config, key)
+        images, _ = data.augment(pixels, labels, *unchanged(device), 10, config, key)
+        step(model.train(), images, labels, eraser).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
 EPOCHS = 1, 4  # of bench_runs
 
 
@@ -361,7 +315,8 @@ def bench_runs(options):
             table.add(short, kind, epoch, images / epoch, few - EPOCHS[0] * epoch)
 
 
-BENCHES = {"cam": bench_cam, "step": bench_step, "train": bench_train, "staged": bench_staged, "runs": bench_runs}
+BENCHES = {"cam": bench_cam, "step": bench_step, "train": bench_train, "staged": bench_staged, "runs": bench_runs,
+           "snapshot": bench_snapshot}
 
 
 def parse(arguments):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import cam
 from engine.chance import torch_generator
 from engine.costs import timed
-from engine.erasing import (Scene, Waiting, all_fresh, blurred, cross_entropy, of_another_class, other_chosen, pasted,
-                            put, seat, shifted_from, statistics_kept, wrong)
+from engine.erasing import (Scene, Waiting, all_fresh, beyond, blurred, cross_entropy, of_another_class, other_chosen,
+                            pasted, put, seat, shifted_from, statistics_kept, wrong)
 
 # --- in which step: (net: images -> logits, images [B, 3, H, W], labels, Proxy) -> Trained ---------------------------
 
@@ -245,9 +245,10 @@ def hottest(heat, area):
 def pixel_mask(heat, area, control=None, key=()):
     """`hottest`, or the mask that `control`, a key of CONTROLS, puts in its place.
 
-    heat: [N, H, W] in [0, 1]. Returns bool [N, H, W], empty where the heat is zero everywhere and so shows nothing.
+    heat: [N, H, W] in [0, 1]. area: a share, or "2sd" for `beyond`, as in MaskTune (Asgari Taghanaki et al. 2022).
+    Returns bool [N, H, W], empty where the heat is zero everywhere.
     """
-    mask = hottest(heat, area)
+    mask = beyond(heat) if area == "2sd" else hottest(heat, area)
     if len(heat):
         mask = mask & (heat.flatten(1).amax(1) > 0)[:, None, None]
     return mask if control is None else CONTROLS[control](mask, heat, torch_generator(heat.device, "control", *key))

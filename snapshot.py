@@ -99,6 +99,7 @@ class Explained:
         self.config, self.dataset, self.model, self.device = config, dataset, model, device
         self.mean, self.std = (t.to(device) for t in normalisation(config, model))
         self.amp, self.passed = AMP[pick_amp(config["amp"], device)], 0  # images, through the network
+        self.cam = cam.CAM(model, config["cam"], config["layer"])
 
     def settle(self, ids):
         """Take the statistics of batch norm anew, over some of the images that it trains on, as they are.
@@ -108,7 +109,7 @@ class Explained:
         """
         ids = shuffled(ids, "settle", self.config["seed"])[:PAIRS]
         ids = ids[:max(1, len(ids) // self.config["batch_size"]) * self.config["batch_size"]]  # no small last batch
-        batches = predict.batches_in_order(self.config, self.dataset, ids, self.device)
+        batches = self.batches(ids)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             torch.optim.swa_utils.update_bn((prepare(pixels, self.mean, self.std) for pixels, _ in batches), self.model)
         self.passed += len(ids)
@@ -118,11 +119,13 @@ class Explained:
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             return self.model(images)
 
+    def batches(self, ids, **share):
+        return predict.batches_in_order(self.config, self.dataset, ids, self.device, **share)
+
     def of(self, ids, text, **share):
-        batches = predict.batches_in_order(self.config, self.dataset, ids, self.device, **share)
         score = cam.EXPLAIN[self.config["explain"]]
-        with cam.CAM(self.model, self.config["cam"], self.config["layer"]) as explain:
-            for pixels, labels in progress(batches, text):
+        with self.cam as explain:
+            for pixels, labels in progress(self.batches(ids, **share), text):
                 images = prepare(pixels, self.mean, self.std)
                 labels, logits = labels.to(self.device), self.forward(images)
                 yield images, labels, logits, explain(logits, None, *score(logits, labels))

@@ -58,6 +58,12 @@ def other_chosen(scene):
     return donors, donors != torch.arange(len(donors), device=donors.device)
 
 
+def beyond(heat):
+    """Mask of what is hotter than the mean and two standard deviations. heat: [N, H, W] -> bool [N, H, W]."""
+    spread, mean = torch.std_mean(heat, (1, 2), keepdim=True)
+    return heat > mean + 2 * spread
+
+
 def blurred(images, sigma):
     """Gaussian blur by `sigma` pixels of float [..., H, W]; at the edges over what there is."""
     kernels = []

@@ -67,7 +67,8 @@ SETTINGS = {
     "heat": Setting(str, PIXELS, "whose heat, if not the network's own as it trains (null): snapshot, that of its copy "
                     "after --schedule after:E epochs, a quarter of all by default, where a test says that it depends "
                     "on few pixels; or of the finished run in this folder", optional=True),
-    "area": Setting(float, PIXELS, "erase this share of an image's pixels, the hottest", TINY, 1),
+    "area": Setting(float, PIXELS, "erase this share of an image's pixels, the hottest; or 2sd, what is hotter than "
+                    "the mean and two standard deviations", TINY, 1, word="2sd"),
     "fill": Setting(str, INSTEAD, "what goes where an image is erased", choices=Keys("proxy", "FILLS")),
     "budget": Setting(str, INSTEAD, "erased images take seats in the batch (equal) or ride behind it (extra)",
                       choices=("equal", "extra")),

@@ -9,11 +9,11 @@ import torch
 import bench
 import cam
 from engine.files import UserError
-from study import peers
+from study import peers, timing
 
 SMALL = ["--models", "test_resnet", "--image-size", "64", "--batch-size", "4", "--rounds", "1", "--images", "60",
          "--device", "cpu"]
-ROWS = {"cam": 2, "step": 3, "train": 2, "staged": 1, "runs": 3}
+ROWS = {"cam": 2, "step": 3, "train": 2, "staged": 1, "runs": 3, "snapshot": 1}
 
 
 @pytest.mark.slow
@@ -57,12 +57,12 @@ def test_a_command_of_ours_is_a_run_and_one_that_fails_is_said(tmp_path):
 
 
 def test_a_ratio_is_the_median_of_its_rounds_and_its_interval_covers_the_true_one():
-    assert bench.ratio({"plain": [1.0, 2.0, 4.0], "loss": [1.1, 2.4, 4.2]}, "loss", "plain") == (1.1, "1.050-1.200")
-    assert bench.ratio({"plain": [1.0]}, "library", "plain") == (None, None)
+    assert timing.ratio({"plain": [1.0, 2.0, 4.0], "loss": [1.1, 2.4, 4.2]}, "loss", "plain") == (1.1, "1.050-1.200")
+    assert timing.ratio({"plain": [1.0]}, "library", "plain") == (None, None)
     random, covered = np.random.default_rng(0), 0
     for _ in range(400):
         taken = {"plain": np.ones(11), "loss": np.exp(0.05 * random.standard_normal(11))}
-        low, high = map(float, bench.ratio(taken, "loss", "plain")[1].split("-"))
+        low, high = map(float, timing.ratio(taken, "loss", "plain")[1].split("-"))
         covered += low <= 1 <= high
     assert 0.95 < covered / 400 < 1
 
