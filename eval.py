@@ -56,8 +56,8 @@ def figures(opened, found):
             groups, worst = metrics.group_metrics(labels, logits, found[f"{part}_groups"], classes)
             result[part] |= {"groups": groups, "worst_group": worst}
     if opened.config["heat"] == settings.SNAPSHOT:
-        result["snapshot"] = files.read_json(opened.folder / "snapshot.json")
-        erasing = [result["snapshot"]]
+        erasing = files.read_json(opened.folder / "snapshot.json")
+        result["snapshot"] = {**erasing[-1], "before": erasing[:-1]}
     result |= {"cost": metrics.costs(opened.log, float(found["seconds"]), erasing), "epochs": len(opened.log),
                "best_epoch": metrics.best_epoch(opened.log), "skipped_images": len(opened.split["skipped"])}
     if stages:

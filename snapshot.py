@@ -1,16 +1,17 @@
 """Unlearn in one run what was learnt first, and only where a test says that there is something to unlearn.
 
-    python train.py --heat snapshot                         # the test comes after a quarter of the epochs
-    python train.py --heat snapshot --schedule after:10     # after 10
+    python train.py --heat snapshot                         # asks after each quarter of the epochs
+    python train.py --heat snapshot --schedule every:10     # after 10, 20, 30 …
+    python train.py --heat snapshot --schedule after:10     # after 10, once
 
-A shortcut is what a network learns first. So it trains plainly for a few epochs; then its copy, the *snapshot*, is
+A shortcut is learnt early. So the run trains plainly for a few epochs; then its network's copy, the *snapshot*, is
 asked whether it *follows*: whether it says another image's class when the other's few hottest pixels are pasted in,
 and does not when as many from a random place are. No label of a shortcut is needed, and no test image. Where it does
-not follow, the run goes on as one without Proxy Attention, to the same bits. Where it does, each training image's heat
-is taken once, by the snapshot, kept as a small grid, and moved with the image from there on; its hottest pixels become
-noise, and another image's hottest are pasted in, so that what was learnt first tells nothing any more.
+not follow, the run goes on as one without Proxy Attention, to the same bits, and is asked again later. Where it does,
+each training image's heat is taken once, by the snapshot, kept as a small grid, and moved with the image from there on;
+its hottest pixels become noise, and another image's hottest are pasted in, so that what was learnt tells nothing more.
 
-The answer lies in the run's folder, in `snapshot.json`; the snapshot itself in `heat.pt`, its heat in `snapshot.npz`.
+The answers lie in the run's folder, in `snapshot.json`; the snapshot itself in `heat.pt`, its heat in `snapshot.npz`.
 """
 
 import time
@@ -42,31 +43,37 @@ THRESHOLD = 0.12
 
 def with_snapshot(config, folder, dataset, split, device, stop, epoch, train):
     """A run under --heat snapshot, from wherever it stands. epoch: epochs in the checkpoint. train: of `train.py`."""
-    first, last = proxy.read_schedule(config["schedule"])[1], config["epochs"]
+    (kind, every), last = proxy.read_schedule(config["schedule"]), config["epochs"]
+    answers = ranks.from_first(answers_before, folder, epoch)
 
     def stage(**of_stage):
-        train(config, folder, dataset, split, open_network(config, folder, dataset), device, Stage(**of_stage), stop)
+        follows = answers[-1]["follows"] if answers else None
+        train(config, folder, dataset, split, open_network(config, folder, dataset), device,
+              Stage(end=last, follows=follows, **of_stage), stop)
 
-    if ranks.from_first(forget, folder, epoch < first):
-        stage(start=0, end=last, pause=first)
-        look(config, folder, dataset, split, device, first)
-    answer = ranks.from_first(files.read_json, folder / "snapshot.json")
-    if answer["transplants"]:
+    for ask_at in range(every, last, every if kind == "every" else last)[len(answers):]:
+        if answers and answers[-1]["transplants"]:
+            break
+        stage(start=0, pause=ask_at)
+        answers.append(look(config, folder, dataset, split, device, ask_at, answers))
+    if answers[-1]["transplants"]:
         grids = torch.from_numpy(files.read_arrays(folder / "snapshot.npz")["grids"])
-        stage(start=first, end=last, follows=answer["follows"], grids=grids)  # learning rate and optimizer begin anew
+        stage(start=answers[-1]["epoch"], grids=grids)  # learning rate and optimizer begin anew
     else:
-        stage(start=0, end=last, follows=answer["follows"])  # as if nothing had been asked
+        stage(start=0)  # as if nothing had been asked
 
 
-def forget(folder, early):
-    """Whether there is no answer yet; one that lies behind the checkpoint that the run goes on from is removed."""
-    if early:
-        (folder / "snapshot.json").unlink(missing_ok=True)
-    return not (folder / "snapshot.json").exists()
+def answers_before(folder, epoch):
+    """The answers in `snapshot.json` up to the checkpoint that the run goes on from: the others are asked anew."""
+    path = folder / "snapshot.json"
+    return [answer for answer in files.read_json(path) if answer["epoch"] <= epoch] if path.exists() else []
 
 
-def look(config, folder, dataset, split, device, epoch):
-    """Ask whether the network in `last.pt` follows; where it does, keep it and its heat of the training images."""
+def look(config, folder, dataset, split, device, epoch, before):
+    """Ask whether the network in `last.pt` follows; where it does, keep it and its heat of the training images.
+
+    before: the answers so far. Returns this one, as it stands behind them in `snapshot.json`.
+    """
     start, energy = time.perf_counter(), costs.Energy(device, first=ranks.LOCAL_RANK == 0)
     ranks.from_first(lambda: None)  # it has written `last.pt`
     model = open_run(folder).network().to(device, memory_format=torch.channels_last).requires_grad_(False)
@@ -80,16 +87,18 @@ def look(config, folder, dataset, split, device, epoch):
                "energy_wh": costs.added(ranks.everyone(energy.watt_hours()))}
     energy.close()
     costs.release(device)
-    ranks.from_first(write, folder, answer, grids, model.state_dict())
+    answer = ranks.from_first(write, folder, answer, grids, model.state_dict(), before)
     console.print(describe(answer), soft_wrap=True)
+    return answer
 
 
-def write(folder, answer, grids, state):
+def write(folder, answer, grids, state, before):
     """The snapshot and its heat, then the answer: with that the run goes on, and without it asks again."""
     if grids is not None:
         save_checkpoint(folder / "heat.pt", {"model": state})
         files.write_arrays(folder / "snapshot.npz", {"grids": grids})
-    files.write_json(folder / "snapshot.json", answer)
+    files.write_json(folder / "snapshot.json", [*before, answer])
+    return answer
 
 
 class Explained:
@@ -187,6 +196,6 @@ def describe(answer):
     follows, low, high, threshold = (f"{100 * x:.1f}" for x in (answer["follows"], *answer["interval"],
                                                                answer["threshold"]))
     then = "it depends on few pixels, and every image is transplanted from here on" if answer["transplants"] else \
-        "it does not depend on few pixels, and the run goes on plainly"
+        "it does not depend on few pixels, and trains on plainly"
     return (f"snapshot after {answer['epoch']} epochs: follows {follows} points ({low} to {high}, {answer['pairs']} "
             f"pairs; threshold {threshold}): {then}")

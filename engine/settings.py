@@ -65,8 +65,8 @@ SETTINGS = {
                        "predicted class's logit, the true one's, or its margin over the best other",
                        choices=Keys("cam", "EXPLAIN")),
     "heat": Setting(str, PIXELS, "whose heat, if not the network's own as it trains (null): snapshot, that of its copy "
-                    "after --schedule after:E epochs, a quarter of all by default, where a test says that it depends "
-                    "on few pixels; or of the finished run in this folder", optional=True),
+                    "from when a test says that it depends on few pixels, asked as --schedule says, by default after "
+                    "each quarter of the epochs; or of the finished run in this folder", optional=True),
     "area": Setting(float, PIXELS, "erase this share of an image's pixels, the hottest; or 2sd, what is hotter than "
                     "the mean and two standard deviations", TINY, 1, word="2sd"),
     "fill": Setting(str, INSTEAD, "what goes where an image is erased", choices=Keys("proxy", "FILLS")),
@@ -99,7 +99,7 @@ STAGED_ONLY, ONLINE_ONLY = ("rounds", "target_accuracy"), ("step", "heat")
 ERASING = ("step", "select", "layer", "explain", "heat", "area", "fill", "budget", "control")
 SNAPSHOT = "snapshot"
 # Defaults under --heat snapshot: how a shortcut is found and unlearned best, chosen in `tune-shortcut` and
-# `tune-snapshot`; and of the epochs, those before the snapshot is taken.
+# `tune-snapshot`; and of the epochs, those before it is asked, and asked again.
 OF_SNAPSHOT = {"select": "all", "cam": "elementwise", "layer": "-2", "explain": "margin", "area": 0.03,
                "fill": "transplant"}
 SNAPSHOT_SHARE = 0.25
@@ -252,9 +252,11 @@ def _check_heat(config):
                         "of the two out")
     if config["epochs"] < 2:
         raise UserError("--heat snapshot takes it between two epochs: expected --epochs 2 at least")
-    config["schedule"] = config["schedule"] or f"after:{max(1, round(SNAPSHOT_SHARE * config['epochs']))}"
-    if read_schedule(config["schedule"])[0] != "after" or not read_schedule(config["schedule"])[1]:
-        raise UserError(f"--schedule {config['schedule']}: --heat snapshot is taken once, as with --schedule after:2")
+    config["schedule"] = config["schedule"] or f"every:{max(1, round(SNAPSHOT_SHARE * config['epochs']))}"
+    kind, epochs = read_schedule(config["schedule"])
+    if kind not in ("every", "after") or not 0 < epochs < config["epochs"]:
+        raise UserError(f"--schedule {config['schedule']}: --heat snapshot takes every:K or after:E, in epochs between "
+                        f"1 and {config['epochs'] - 1}")
 
 
 def _check_schedule(config, options):

@@ -18,7 +18,8 @@ from engine.decoy import draw_decoy
 from engine.folder import open_run, read_log
 from engine.loader import prepare, to_float
 
-SMALL = ["--dataset", "faint_digits", "--train-fraction", "0.5", "--epochs", "4", "--heat", "snapshot"]
+SMALL = ["--dataset", "faint_digits", "--train-fraction", "0.5", "--epochs", "4"]
+ONCE = ["--heat", "snapshot", "--schedule", "after:1"]
 ALWAYS, NEVER = -2, 2  # thresholds
 NUMBERS = ("train_loss", "val_loss", "lr", "images_seen", "optimizer_steps", "misled")
 
@@ -156,26 +157,29 @@ def threshold(monkeypatch):
 
 def test_below_the_threshold_a_run_is_one_without_proxy_attention_to_the_last_bit(trained, threshold):
     threshold(NEVER)
-    asking = trained(*SMALL, epochs=4)
-    plain = trained(*SMALL[:-2], "--cam", "none", epochs=4)
+    asking = trained(*SMALL, "--heat", "snapshot", epochs=4)
+    plain = trained(*SMALL, "--cam", "none", epochs=4)
     assert same_bits(asking, plain) and numbers(asking) == numbers(plain)
     metrics = files.read_json(asking / "metrics.json")
     found, cost = metrics["snapshot"], metrics["cost"]
-    assert not found["transplants"] and found["epoch"] == 1 and cost["erased_images"] == 0
-    train_images = len(open_run(asking).split["train"])
-    assert cost["second_pass_images"] == found["images"] == 3 * found["asked"] + train_images // 32 * 32
+    assert not found["transplants"] and cost["erased_images"] == 0
+    answers = [*found["before"], found]
+    assert [answer["epoch"] for answer in answers] == [1, 2, 3]  # after each quarter
+    assert [line.get("follows") for line in read_log(asking)] == [None, *(answer["follows"] for answer in answers)]
+    each = 3 * found["asked"] + len(open_run(asking).split["train"]) // 32 * 32
+    assert cost["second_pass_images"] == 3 * each and found["images"] == each
     assert not (asking / "heat.pt").exists() and not (asking / "snapshot.npz").exists()
 
 
 @pytest.fixture
 def transplanted(trained, threshold):
     threshold(ALWAYS)
-    return trained(*SMALL, "--decoy", epochs=4)
+    return trained(*SMALL, *ONCE, "--decoy", epochs=4)
 
 
 @pytest.mark.pictures
 def test_above_it_every_image_is_transplanted_from_there_on_and_the_learning_rate_begins_anew(transplanted, capsys):
-    log, found = read_log(transplanted), files.read_json(transplanted / "snapshot.json")
+    log, found = read_log(transplanted), files.read_json(transplanted / "metrics.json")["snapshot"]
     assert [line["erased_images"] == line["images_seen"] for line in log] == [False, True, True, True]
     assert log[0]["erased_images"] == 0 and log[0]["lr"] > log[-1]["lr"] and log[1]["lr"] > log[3]["lr"]
     images = files.read_json(transplanted / "metrics.json")["cost"]["second_pass_images"]
@@ -223,7 +227,7 @@ def test_a_run_that_is_cut_off_at_any_moment_ends_with_the_same_bits(moment, tra
             raise KeyboardInterrupt
         return original(*arguments)
 
-    arguments = [*SMALL, "--decoy", "--out", str(tmp_path), "--name", "cut"]
+    arguments = [*SMALL, *ONCE, "--decoy", "--out", str(tmp_path), "--name", "cut"]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, cut)
         assert train.main(arguments) == 130
@@ -237,25 +241,29 @@ def test_it_goes_on_from_any_epoch_and_asks_again_where_the_checkpoint_lies_befo
                                                                                                trained, tmp_path,
                                                                                                monkeypatch):
     threshold(answer)
-    whole = trained(*SMALL, "--schedule", "after:2", epochs=4)
+    asks = [*SMALL, "--heat", "snapshot", "--schedule", "every:1" if answer == NEVER else "after:2"]
+    whole = trained(*asks, epochs=4)
     for last in (2, 3):
         with monkeypatch.context() as patch:
             def cut(line, stage, last=last):
                 if line["epoch"] == last:
                     raise KeyboardInterrupt
             patch.setattr(train, "print_epoch", cut)
-            assert train.main([*SMALL, "--schedule", "after:2", "--out", str(tmp_path), "--name", f"{last}"]) == 130
+            assert train.main([*asks, "--out", str(tmp_path), "--name", f"{last}"]) == 130
         folder = tmp_path / f"{last}"
         if last == 2:  # the checkpoint after it is damaged: that after the first epoch serves
             (folder / "last.pt").write_bytes(b"damaged")
-            files.write_json(folder / "snapshot.json", {"transplants": answer == NEVER})
+            path = folder / "snapshot.json"
+            answers = files.read_json(path) if path.exists() else []
+            files.write_json(path, [*answers, {"epoch": 2, "transplants": answer == NEVER}])
         assert train.main(["--resume", str(folder)]) == 0
         assert same_bits(folder, whole) and numbers(folder) == numbers(whole)
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_pass_and_give_one_run(train_process, tmp_path):
-    arguments = ["--model", "test_vit", "--no-pretrained", "--image-size", "64", *SMALL, "--decoy", "--out", tmp_path]
+    arguments = ["--model", "test_vit", "--no-pretrained", "--image-size", "64", *SMALL, *ONCE, "--decoy",
+                 "--out", tmp_path]
     for ranks in (1, 2):
         process = train_process([*arguments, "--name", ranks], ranks=ranks, target=always)
         assert process.wait() == 0, process.output()
@@ -283,4 +291,4 @@ def test_a_square_is_found_and_unlearnt_and_where_there_is_none_nothing_is_done(
 def test_the_settings_of_a_snapshot_are_defaults_that_can_be_changed():
     resolve = settings.resolve(settings.read_configs(), {"heat": "snapshot", "area": 0.05})
     assert {key: resolve[key] for key in settings.OF_SNAPSHOT} == settings.OF_SNAPSHOT | {"area": 0.05}
-    assert resolve["schedule"] == "after:5"  # of 20
+    assert resolve["schedule"] == "every:5"  # of 20
