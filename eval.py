@@ -95,7 +95,8 @@ def describe(folder, result, checkpoint="last"):
     if "clean_test" in parts:
         lines += ["", "--decoy: squares show the true class in val and another in test; clean_test has none"]
     if "snapshot" in result:
-        lines += ["", snapshot.describe(result["snapshot"])]
+        then = "every image was transplanted" if result["snapshot"]["transplants"] else "nothing was done"
+        lines += ["", f"snapshot: {snapshot.describe(result['snapshot'])}; from there on {then}"]
     if "groups" in test:
         groups = [f"{name} {group['accuracy']:.4f} of {group['images']}" for name, group in test["groups"].items()]
         lines += ["", "test accuracy by class and group: " + "; ".join(groups)]

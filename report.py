@@ -20,7 +20,7 @@ import numpy as np
 from engine import experiment, metrics, network, settings
 from engine.files import UserError
 from engine.options import Parser, program
-from study import appendix, arms, comparison, explain, faithfulness, figures, statistics
+from study import appendix, arms, comparison, explain, figures, statistics
 from study.figures import MEASURES, Picture, Section, Table, ends, number, points, span
 
 
@@ -245,13 +245,13 @@ def planted(study, base, group):
         right = {part: [run.correct(part).mean() for run in each if f"{part}_labels" in run.found]
                  for part in metrics.PREDICTED}
         table.append([arm, len(each), *(points(np.mean(values) if values else None) for values in right.values()),
-                      *on_the_square(study, each), *few_pixels(study, each)])
-    names = ["arm", "seeds", "validation", "test", "clean test", "heat on the square", "chance", "leans", "by"]
+                      *on_the_square(study, each), *followed(study, each)])
+    names = ["arm", "seeds", "validation", "test", "clean test", "heat on the square", "chance", "found", "follows"]
     parts = figures.dots("shortcut", compared, f"accuracy where the square lies, points against {base}") + [
         Table("shortcut", "Accuracy in %: validation (the square tells the truth), test (it lies), the same test "
-              "without squares; the share of the heat on the square, and what chance would give. Leans: how many runs "
-              "depend on few pixels by python -m study.explain RUN --leaning, the exact 95% interval of that share, "
-              f"and by how many points (above {100 * faithfulness.SHORTCUT:g} it does).", names, table)]
+              "without squares; the share of the heat on the square, and what chance would give. Found: in how many "
+              "runs the network depends on few pixels, by --heat snapshot or by python -m study.explain RUN --follows, "
+              "the exact 95% interval of that share, and the points by which it follows these.", names, table)]
     return parts, answers
 
 
@@ -263,14 +263,14 @@ def on_the_square(study, runs):
     return [points(np.mean([values[key].mean() for values in found])) for key in ("inside", "covered")]
 
 
-def few_pixels(study, runs):
+def followed(study, runs):
     """In how many runs the network depends on few pixels, and by how many points; dashes where it was not measured."""
-    if not study.heat and not all((run.folder / "leaning.json").exists() for run in runs):
+    if not (study.heat or all("snapshot" in run.metrics or (run.folder / "follows.json").exists() for run in runs)):
         return ["–", "–"]
-    gaps = [explain.write_leaning(run.folder, study.device)["ways"][0]["gap"] for run in runs]
-    count = sum(gap > faithfulness.SHORTCUT for gap in gaps)
-    return [f"{count} of {len(gaps)} ({ends(statistics.exact_interval(count, len(gaps)), 0)}%)",
-            points(np.mean(gaps), sign=True)]
+    answers = [run.metrics.get("snapshot") or explain.write_follows(run.folder, study.device) for run in runs]
+    count = sum(answer["transplants"] for answer in answers)
+    return [f"{count} of {len(answers)} ({ends(statistics.exact_interval(count, len(answers)), 0)}%)",
+            points(np.mean([answer["follows"] for answer in answers]), sign=True)]
 
 
 def continual(study):

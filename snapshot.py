@@ -88,7 +88,8 @@ def look(config, folder, dataset, split, device, epoch, before):
     energy.close()
     costs.release(device)
     answer = ranks.from_first(write, folder, answer, grids, model.state_dict(), before)
-    console.print(describe(answer), soft_wrap=True)
+    then = "from here on every image is transplanted" if answer["transplants"] else "the run goes on plainly"
+    console.print(f"snapshot: {describe(answer)}; {then}", soft_wrap=True)
     return answer
 
 
@@ -195,7 +196,6 @@ def describe(answer):
     """The answer in one sentence."""
     follows, low, high, threshold = (f"{100 * x:.1f}" for x in (answer["follows"], *answer["interval"],
                                                                answer["threshold"]))
-    then = "it depends on few pixels, and every image is transplanted from here on" if answer["transplants"] else \
-        "it does not depend on few pixels, and trains on plainly"
-    return (f"snapshot after {answer['epoch']} epochs: follows {follows} points ({low} to {high}, {answer['pairs']} "
-            f"pairs; threshold {threshold}): {then}")
+    depends = "depends" if answer["transplants"] else "does not depend"
+    return (f"the network after {answer['epoch']} epochs follows {follows} points ({low} to {high}, {answer['pairs']} "
+            f"pairs; threshold {threshold}): it {depends} on few pixels")

@@ -17,19 +17,27 @@ def the_runs(study):
     table, results = [], [run for _, run in study.results]
     parts = {"val %": ("val", "accuracy"), "test %": ("test", "accuracy"), "clean test %": ("clean_test", "accuracy"),
              "worst group %": ("test", "worst_group")}
+    asked = any("snapshot" in run.metrics for run in results)
     parts = {name: way for name, way in parts.items() if any(share(run, *way) is not None for run in results)}
     for arm, run in study.results:
         cost, late = run.metrics["cost"], run.log[len(run.log) // 2:]
         table.append([arm, run.seed, *(points(share(run, *way)) for way in parts.values()), run.metrics["epochs"],
                       number(cost["train_seconds"], 1), cost["images_seen"], cost["erased_images"],
                       sum(line["erased_images"] for line in late),
-                      number(cost["peak_gpu_allocated_mb"] or cost["peak_host_mb"], 0), str(run.folder)])
+                      number(cost["peak_gpu_allocated_mb"] or cost["peak_host_mb"], 0),
+                      *(answered(run) if asked else ()), str(run.folder)])
     skipped = sum(run.metrics["skipped_images"] for run in results)
     answer = f"{len(table)} runs of {len(study.arms)} arms."
     return Section("The runs", answer + f" Images left out by --skip-bad, over all runs: {skipped}." * bool(skipped), [
         figures.curves("loss", study.arms, "train_loss", "training loss"),
         Table("runs", "Every run.", ["arm", "seed", *parts, "epochs", "seconds", "images", "erased", "erased, 2nd half",
-                                     "memory MB", "folder"], table)])
+                                     "memory MB", *(["follows", "found after"] if asked else ()), "folder"], table)])
+
+
+def answered(run):
+    """Of a run under --heat snapshot the last answer, in points, and after how many epochs it was yes."""
+    found = run.metrics.get("snapshot")
+    return [points(found["follows"]), found["epoch"] if found["transplants"] else "–"] if found else ["–", "–"]
 
 
 def share(run, part, key):

@@ -2,12 +2,11 @@
 
     python -m study.explain runs/NAME                       # deletion, insertion, ROAD …: how good is its heat?
     python -m study.explain runs/NAME --cam gradcam         # by this method, and not by one it was not trained with
-    python -m study.explain runs/NAME --leaning             # does it depend on few pixels, as on a shortcut?
+    python -m study.explain runs/NAME --follows             # does it depend on few pixels, as on a shortcut?
     python -m study.explain runs/NAME --where --layer -2    # how much of a planted square, or of the object, heat finds
     python -m study.explain runs/NAME --misled              # in test images that are wrong: does it find what misleads?
 
-Into explanations.json and .npz, leaning.json (of validation images alone) and where.json; `faithfulness.py` has the
-measures.
+Into explanations.json and .npz, follows.json and where.json; `faithfulness.py` has the measures, `snapshot.py` follows.
 """
 
 import argparse
@@ -19,19 +18,17 @@ import torch
 import torch.nn.functional as F
 
 import cam
-from engine import cache, chance, decoy, display, files, folder, loader, network, predict
+import snapshot
+from engine import cache, chance, decoy, display, files, folder, loader, network, predict, settings
 from engine.files import UserError
 from engine.options import Parser, program
 from study import faithfulness, statistics
 from study.figures import as_text, number, points
 
-EXPLAINED, LEANING = 200, 1000  # test and validation images, drawn at random; every seed's are its own
+EXPLAINED, FOUND_IN = 200, 1000  # test and validation images, drawn at random; every seed's are its own
 PIXELS_AT_ONCE = 32 * 224 * 224
-WAY = ("cam", "explain", "layer")  # what an entry of faithfulness.WAYS holds
 RULE = "the rule's"  # the layer where none is named
 AREA = f"{100 * faithfulness.FEW:g}%"
-# What unlearnt a shortcut on digits and on photographs.
-UNLEARN = f"--select all --cam elementwise --explain margin --layer -2 --fill swap --area {faithfulness.FEW:g}"
 # What --where measures, and a column's head.
 FOUND = {"erased": f"hottest {AREA} cover", "worst_class": "in worst class", "pointing": "hottest on it",
          "inside": "heat on it", "covered": "chance", "overlap": "overlap", "road": "ROAD", "freed": "freed"}
@@ -148,49 +145,32 @@ def describe_explanations(path):
     return f"{path}: the heat of {found['method']} on {found['images']} test images\n{table}"
 
 
-def write_leaning(path, device=torch.device("cpu")):
-    """Whether a finished run's network depends on few pixels, by `faithfulness.leaning` on its validation images.
+def write_follows(path, device=torch.device("cpu")):
+    """Whether a finished run's network depends on few pixels: `snapshot.ask` of its training and validation images.
 
-    Into leaning.json, and returned: images; right, their share; ways: for each of `faithfulness.WAYS` that has a layer
-    in the network cam, explain, layer, the shares of `leaning`, gap (random minus hottest), and interval, its 95%
-    interval (t) over images, of this network alone; the largest gap first. What is there is not measured again.
+    With the settings of --heat snapshot, whatever the run's own. Into follows.json, and returned; what is there is not
+    measured again. Raises UserError where the network has no layer for it.
     """
     run = folder.open_run(path)
-    file = run.folder / "leaning.json"
-    there = files.read_json(file) if file.exists() else {}
-    if "ways" in there and {tuple(way[key] for key in WAY) for way in there["ways"]} <= set(faithfulness.WAYS):
-        return there
-    opened, ways, reason = Images(run, drawn(run, "val", "leaning", LEANING), device), [], None
-    for way in faithfulness.WAYS:
-        try:
-            found = [faithfulness.leaning(opened.model, images, labels, opened.normalisation, way,
-                                          (run.config["seed"], number))
-                     for number, (images, labels, *_) in enumerate(opened)]
-        except ValueError as error:  # no layer for it
-            reason = error
-            continue
-        values = {name: torch.cat([batch[name] for batch in found]).cpu().numpy() for name in found[0]}
-        gap = values["random"].astype(np.int8) - values["hottest"].astype(np.int8)
-        ways.append({**dict(zip(WAY, way)), **{name: float(value.mean()) for name, value in values.items()},
-                     "gap": float(gap.mean()), "interval": statistics.interval(gap)})
-    if not ways:
-        raise UserError(f"--leaning {path}: {reason}")
-    ways.sort(key=lambda way: -way["gap"])
-    files.write_json(file, result := {"images": len(opened.ids), "right": ways[0]["right"], "ways": ways})
-    return result
+    if (run.folder / "follows.json").exists():
+        return files.read_json(run.folder / "follows.json")
+    dataset, model = run.dataset(), run.network().to(device, memory_format=torch.channels_last).requires_grad_(False)
+    if dataset.pixels is None:
+        cache.open_pixels(dataset, run.config, build=False)
+    try:
+        answer = snapshot.ask(snapshot.Explained(run.config | settings.OF_SNAPSHOT, dataset, model, device), run.split)
+    except ValueError as error:  # no layer for it
+        raise UserError(f"--follows {path}: {error}") from None
+    files.write_json(run.folder / "follows.json", answer := answer | {"epoch": len(run.log)})
+    return answer
 
 
-def describe_leaning(path, found):
-    """What `write_leaning` found, as lines for the terminal."""
-    rows = [[way["cam"], way["layer"] or RULE, way["explain"], points(way["hottest"], 1), points(way["random"], 1),
-             points(way["gap"], 1, True), " to ".join(points(end, 1) for end in way["interval"] or ())]
-            for way in found["ways"]]
-    table = as_text(["method", "layer", "explained", "hottest %", "random %", "costs", "95%, over images"], rows)
-    answer = f"It depends on few pixels, as on a shortcut: train with {UNLEARN}"
-    if found["ways"][0]["gap"] <= faithfulness.SHORTCUT:
-        answer = f"It does not depend on few pixels: they cost no more than {100 * faithfulness.SHORTCUT:g} points"
-    return (f"{path}: of {found['images']} validation images {100 * found['right']:.1f}% are right. With {AREA} of "
-            f"their pixels as noise, the hottest or as many at a random place:\n{table}\n{answer}")
+def describe_follows(path, answer):
+    """What `write_follows` found, as lines for the terminal."""
+    name = max(map(len, answer["by_class"]))
+    rows = [f"  {files.one_line(c):{name}} {points(value, 1, True):>6}" for c, value in answer["by_class"].items()]
+    advice = "\nTrain with --heat snapshot, which unlearns that" if answer["transplants"] else ""
+    return f"{path}: {snapshot.describe(answer)}{advice}\nBy the class that is pasted in:\n" + "\n".join(rows)
 
 
 def write_where(path, methods, layer=None, device=torch.device("cpu"), misled=False):
@@ -201,7 +181,7 @@ def write_where(path, methods, layer=None, device=torch.device("cpu"), misled=Fa
     means over the images, and worst_class, `erased` in the class where it is least: a network can tell a class by the
     absence of the others' squares. Raises UserError where there is nothing to find.
     """
-    images_of, part, most = ("misled", "test", EXPLAINED) if misled else ("val", "val", LEANING)
+    images_of, part, most = ("misled", "test", EXPLAINED) if misled else ("val", "val", FOUND_IN)
     run = folder.open_run(path)
     ids, layer = drawn(run, part, "where", most), layer or own_layer(run.config)
     opened, parts, labels, rows = Images(run, ids, device), [], [], []
@@ -271,7 +251,7 @@ def parse(arguments):
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run's folder, as runs/NAME")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--leaning", action="store_true", help="does it depend on few pixels, as on a shortcut?")
+    modes.add_argument("--follows", action="store_true", help="does it depend on few pixels, as on a shortcut?")
     modes.add_argument("--where", action="store_true", help="how much of the square, or of the object, heat finds")
     modes.add_argument("--misled", action="store_true", help="how well heat finds what misleads")
     parser.add_argument("--cam", nargs="+", metavar="METHOD",
@@ -283,8 +263,8 @@ def parse(arguments):
     finds = options.where or options.misled
     if options.layer and not finds:
         parser.error("--layer goes with --where and --misled")
-    if options.cam and (options.leaning or len(options.cam) > 1 and not finds):
-        parser.error("--cam takes one method, with --where and --misled several, and does not go with --leaning")
+    if options.cam and (options.follows or len(options.cam) > 1 and not finds):
+        parser.error("--cam takes one method, with --where and --misled several, and does not go with --follows")
     for method in options.cam or ():
         if method not in cam.METHODS:
             parser.error(f"--cam {method}: no CAM method{files.nearest(method, cam.METHODS)}")
@@ -297,8 +277,8 @@ def main(arguments=None):
     options = parse(arguments)
     device = network.pick_device(options.device)
     for path in options.runs:
-        if options.leaning:
-            print(describe_leaning(path, write_leaning(path, device)))
+        if options.follows:
+            print(describe_follows(path, write_follows(path, device)))
         elif options.where or options.misled:
             rows = write_where(path, options.cam or ["gradcam", "layercam"], options.layer, device, options.misled)
             print(describe_where(path, rows) + "\n")

@@ -214,37 +214,6 @@ def measure(model, images, method, layer, mask=None, key=()):
 
 
 FEW = 0.05  # of an image's pixels
-# A shortcut is found where the hottest of these cost so much more accuracy than as many others: midway between what
-# seeds 0 to 4 had with a shortcut (0.17 to 0.26) and without (-0.08 to 0.11).
-SHORTCUT = 0.14
-# Ways to explain: method, key of cam.EXPLAIN, layer. Grad-CAM's weights are means over the map, which one small square
-# hardly moves; GradCAMElementWise keeps what speaks for the class place by place, also where an activation is negative
-# (of a linear bottleneck), which LayerCAM drops.
-WAYS = (("gradcam", "predicted", None), ("elementwise", "margin", "-2"))
-
-
-def leaning(model, images, labels, normalisation, way=WAYS[0], key=()):
-    """Which images a network gets right, three bool [N]: as they are ("right"), with the hottest FEW of their pixels as
-    noise ("hottest"), and with the same shape as noise at a random place ("random").
-
-    Where "hottest" is lost and "random" is not, the network recognises the image by a few pixels in one place, as it
-    does by a shortcut; an object leaves enough to be recognised by. way: of WAYS; one that does not find what the
-    network goes by loses nothing, so the way that loses most is the one to train with. labels: int64 [N].
-    normalisation: (mean, std), each [1, 3, 1, 1]. Raises ValueError where the way fits no layer.
-    """
-    method, score, layer = way
-    settings = {"select": "all", "explain": score, "area": FEW, "fill": "noise", "budget": "equal"}
-    rows, every = torch.arange(len(images), device=images.device), torch.ones_like(labels, dtype=torch.bool)
-    erased = {}
-    with cam.CAM(model, method, layer) as explain:
-        logits = model(images)
-        for name, control in (("hottest", None), ("random", "random")):
-            eraser = proxy.Proxy(settings | {"control": control}, explain, normalisation)
-            eraser.key = key
-            erased[name] = eraser.erased(images, labels, every, logits, rows, every)[0].images
-    with torch.no_grad():
-        right = {"right": logits, **{name: model(copies) for name, copies in erased.items()}}
-        return {name: logits.argmax(1) == labels for name, logits in right.items()}
 
 
 def where(model, images, labels, mask, methods, layer, misled=None):

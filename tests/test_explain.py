@@ -159,17 +159,6 @@ def test_a_network_of_shuffled_weights_has_the_same_values_and_another_heat(smal
         assert found[name].numpy() == pytest.approx(area, rel=1e-5)
 
 
-def test_leaning_is_three_answers_for_each_image_and_always_the_same(small):
-    model, images, _, classes = small
-    normalisation = tuple(torch.full((1, 3, 1, 1), value) for value in (0.5, 0.25))
-    found = faithfulness.leaning(model, images, classes, normalisation, key=(0,))
-    assert set(found) == {"right", "hottest", "random"}
-    assert all(v.dtype == torch.bool and v.shape == classes.shape for v in found.values())
-    assert torch.equal(found["right"], model(images).argmax(1) == classes)
-    again = faithfulness.leaning(model, images, classes, normalisation, key=(0,))
-    assert all(torch.equal(found[name], again[name]) for name in found)
-
-
 # --- runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -231,32 +220,17 @@ def test_the_animal_of_pets_is_known(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_depends_on_a_swatch_is_distinguished_from_what_does_not_and_by_which_way_of_explaining(deceived, capsys):
-    assert explain.main([str(deceived), "--leaning"]) == 0
-    printed, result = capsys.readouterr().out, files.read_json(deceived / "leaning.json")
-    found = files.read_json(deceived / "metrics.json")["val"]
-    assert result["right"] == pytest.approx(found["accuracy"]) and result["images"] == found["images"]
-    gaps = [way["gap"] for way in result["ways"]]
-    assert gaps == sorted(gaps, reverse=True)
-    assert {(w["cam"], w["explain"], w["layer"]) for w in result["ways"]} == set(faithfulness.WAYS)
-    for way in result["ways"]:
-        assert way["gap"] == pytest.approx(way["random"] - way["hottest"])
-        assert way["interval"][0] < way["gap"] < way["interval"][1]
-    assert "It depends on few pixels" in printed and "--fill swap" in printed
+def test_a_network_that_depends_on_a_square_is_told_from_one_that_does_not(deceived, capsys):
+    assert explain.main([str(deceived), "--follows"]) == 0
+    printed, result = capsys.readouterr().out, files.read_json(deceived / "follows.json")
+    assert result["transplants"] and "it depends on few pixels" in printed and "Train with --heat snapshot" in printed
+    assert result["interval"][0] < result["follows"] < result["interval"][1] and len(result["by_class"]) > 1
     assert train.main(["--cam", "none", "--epochs", "8", "--train-fraction", "0.5", "--out", str(deceived.parent),
                        "--name", "honest"]) == 0
-    assert explain.main([str(deceived.parent / "honest"), "--leaning"]) == 0
-    assert "does not depend on few pixels" in capsys.readouterr().out
+    assert explain.main([str(deceived.parent / "honest"), "--follows"]) == 0
+    printed = capsys.readouterr().out
+    assert "does not depend on few pixels" in printed and "Train with" not in printed
     assert files.read_json(deceived.parent / "honest" / "metrics.json")["val"]["accuracy"] > 0.9
-
-
-def test_the_command_that_unlearns_a_shortcut_is_one_that_train_takes(tmp_path):
-    assert train.main([*explain.UNLEARN.split(), "--dataset", "digits", "--out", str(tmp_path), "--dry-run"]) == 0
-
-
-def test_leaning_leaves_out_a_way_for_which_no_layer_is_fine_enough(deceived, monkeypatch):
-    monkeypatch.setattr(faithfulness, "WAYS", (("gradcam", "predicted", None), ("gradcam", "predicted", "-9")))
-    assert [way["layer"] for way in explain.write_leaning(deceived)["ways"]] == [None]
 
 
 def test_where_is_how_much_of_the_square_each_way_of_explaining_finds(deceived, capsys):
@@ -342,10 +316,10 @@ def test_two_seeds_are_compared_in_pairs_that_share_none(monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     ([], "required: RUN"),
     (["run", "--wher"], "unknown option '--wher'. Did you mean '--where'?"),
-    (["run", "--where", "--leaning"], "not allowed with"),
+    (["run", "--where", "--follows"], "not allowed with"),
     (["run", "--layer", "layer1"], "--layer goes with --where"),
     (["run", "--cam", "gradcam", "layercam"], "--cam takes one method"),
-    (["run", "--leaning", "--cam", "gradcam"], "does not go with --leaning"),
+    (["run", "--follows", "--cam", "gradcam"], "does not go with --follows"),
     (["run", "--cam", "gradcan"], "--cam gradcan: no CAM method. Did you mean 'gradcam'?"),
     (["run", "--cam", "none"], "--cam none: no CAM method"),
     (["run"], "not a run's folder"),

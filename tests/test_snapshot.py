@@ -186,7 +186,7 @@ def test_above_it_every_image_is_transplanted_from_there_on_and_the_learning_rat
     train_images = len(open_run(transplanted).split["train"])
     assert images == found["images"] == 3 * found["asked"] + train_images // 32 * 32 + train_images
     assert evaluation.main([str(transplanted)]) == 0
-    assert "snapshot after 1 epochs: follows" in capsys.readouterr().out and (transplanted / "sheet.png").exists()
+    assert "the network after 1 epochs follows" in capsys.readouterr().out and (transplanted / "sheet.png").exists()
 
 
 def test_the_heat_that_is_kept_is_that_of_the_snapshot_image_by_image(transplanted):
