@@ -172,7 +172,9 @@ def resolve(configs, options):
             raise UserError(f"unknown model {name!r}; configs.json has {', '.join(configs['models'])}, and timm has "
                             f"{len(timm.list_models())} more{nearest(name, [*configs['models'], *timm.list_models()])}")
     given = {**dataset.get("settings", {}), **model.get("settings", {}), **options}
-    of_heat = OF_SNAPSHOT if (configs["defaults"] | given)["heat"] == SNAPSHOT else {}
+    of_heat = dict(OF_SNAPSHOT) if (configs["defaults"] | given)["heat"] == SNAPSHOT else {}
+    if given.get("cam") in Keys("cam", "ATTENTION"):  # which has no layer
+        of_heat.pop("layer", None)
     config = configs["defaults"] | of_heat | given
     config = {key: config[key] for key in SETTINGS} | {"dataset": chosen["dataset"], "model": name}
     config["image_size"] = config["image_size"] or dataset["image_size"]

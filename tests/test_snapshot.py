@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,16 @@ def test_a_snapshot_takes_its_batch_statistics_anew_and_the_run_keeps_its_own(tr
         model(prepare(pixels, mean, std))
     assert torch.allclose(model.bn1.running_mean, seen[0], atol=0.05 * seen[0].abs().max())
     assert not torch.equal(run.network().bn1.running_mean, model.bn1.running_mean)
+
+
+def test_the_interval_of_follows_covers_what_it_should():
+    random = np.random.default_rng(0)
+    for up, down, count in ((0.3, 0.05, 40), (0.02, 0.02, 300), (0.9, 0.0, 12), (0.5, 0.1, 1500)):
+        draws = random.choice([1.0, -1.0, 0.0], (2000, count), p=[up, down, 1 - up - down])
+        covered = np.mean([low <= up - down <= high for low, high in map(snapshot.interval, draws)])
+        assert 0.93 < covered < 0.995
+    low, high = snapshot.interval(np.zeros(0))
+    assert low < -0.9 and high > 0.9  # of no pair nothing is known
 
 
 # --- heat that moves with its image
