@@ -27,6 +27,7 @@ from engine.chance import shuffled, torch_generator
 from engine.checkpoint import save_checkpoint
 from engine.display import console, progress
 from engine.erasing import Scene, of_another_class
+from engine.files import UserError
 from engine.folder import open_run
 from engine.launch import open_network
 from engine.loader import prepare
@@ -44,14 +45,15 @@ THRESHOLD = 0.12
 def with_snapshot(config, folder, dataset, split, device, stop, epoch, train):
     """A run under --heat snapshot, from wherever it stands. epoch: epochs in the checkpoint. train: of `train.py`."""
     (kind, every), last = proxy.read_schedule(config["schedule"]), config["epochs"]
-    answers = ranks.from_first(answers_before, folder, epoch)
+    asks = range(every, last, every if kind == "every" else last)
+    answers = ranks.from_first(answers_before, folder, epoch, list(asks))
 
     def stage(**of_stage):
         follows = answers[-1]["follows"] if answers else None
         train(config, folder, dataset, split, open_network(config, folder, dataset), device,
               Stage(end=last, follows=follows, **of_stage), stop)
 
-    for ask_at in range(every, last, every if kind == "every" else last)[len(answers):]:
+    for ask_at in asks[len(answers):]:
         if answers and answers[-1]["transplants"]:
             break
         stage(start=0, pause=ask_at)
@@ -63,10 +65,17 @@ def with_snapshot(config, folder, dataset, split, device, stop, epoch, train):
         stage(start=0)  # as if nothing had been asked
 
 
-def answers_before(folder, epoch):
-    """The answers in `snapshot.json` up to the checkpoint that the run goes on from: the others are asked anew."""
+def answers_before(folder, epoch, asks):
+    """The answers in `snapshot.json` up to the checkpoint that the run goes on from: the others are asked anew.
+
+    asks: after how many epochs it is asked. Raises UserError where an answer is gone that the run went on with.
+    """
     path = folder / "snapshot.json"
-    return [answer for answer in files.read_json(path) if answer["epoch"] <= epoch] if path.exists() else []
+    found = [answer for answer in files.read_json(path) if answer["epoch"] <= epoch] if path.exists() else []
+    if len(found) < sum(ask < epoch for ask in asks) and not (found and found[-1]["transplants"]):
+        raise UserError(f"{path}: lacks an answer that this run went on with. Put it back, or start anew",
+                        resumable=False)
+    return found
 
 
 def look(config, folder, dataset, split, device, epoch, before):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine import files, settings
 from study import arms, figures
-from study.figures import Section, Table, number, points
+from study.figures import Section, Table, ends, number, points
 
 FACTS = {"torch": "torch", "torchvision": "torchvision", "timm": "timm", "python": "Python", "device": "device",
          "processor": "processor", "threads": "threads", "commit": "commit",
@@ -17,7 +17,6 @@ def the_runs(study):
     table, results = [], [run for _, run in study.results]
     parts = {"val %": ("val", "accuracy"), "test %": ("test", "accuracy"), "clean test %": ("clean_test", "accuracy"),
              "worst group %": ("test", "worst_group")}
-    asked = any("snapshot" in run.metrics for run in results)
     parts = {name: way for name, way in parts.items() if any(share(run, *way) is not None for run in results)}
     for arm, run in study.results:
         cost, late = run.metrics["cost"], run.log[len(run.log) // 2:]
@@ -25,19 +24,24 @@ def the_runs(study):
                       number(cost["train_seconds"], 1), cost["images_seen"], cost["erased_images"],
                       sum(line["erased_images"] for line in late),
                       number(cost["peak_gpu_allocated_mb"] or cost["peak_host_mb"], 0),
-                      *(answered(run) if asked else ()), str(run.folder)])
+                      str(run.folder)])
     skipped = sum(run.metrics["skipped_images"] for run in results)
     answer = f"{len(table)} runs of {len(study.arms)} arms."
     return Section("The runs", answer + f" Images left out by --skip-bad, over all runs: {skipped}." * bool(skipped), [
         figures.curves("loss", study.arms, "train_loss", "training loss"),
         Table("runs", "Every run.", ["arm", "seed", *parts, "epochs", "seconds", "images", "erased", "erased, 2nd half",
-                                     "memory MB", *(["follows", "found after"] if asked else ()), "folder"], table)])
+                                     "memory MB", "folder"], table), *asked(study)])
 
 
-def answered(run):
-    """Of a run under --heat snapshot the last answer, in points, and after how many epochs it was yes."""
-    found = run.metrics.get("snapshot")
-    return [points(found["follows"]), found["epoch"] if found["transplants"] else "–"] if found else ["–", "–"]
+def asked(study):
+    """What each network answered under --heat snapshot."""
+    rows = [[arm, run.seed, answer["epoch"], points(answer["follows"], 1, True), ends(answer["interval"], 1),
+             answer["pairs"], "yes" if answer["transplants"] else "no"] for arm, run in study.results
+            if "snapshot" in run.metrics for answer in [*run.metrics["snapshot"]["before"], run.metrics["snapshot"]]]
+    table = Table("asked", "By how many points a network follows few pixels, in a run under --heat snapshot, with the "
+                  "95% interval over pairs of images; yes: every image is transplanted from there on.",
+                  ["arm", "seed", "after epochs", "follows", "95% interval", "pairs", "depends"], rows)
+    return [table] if rows else []
 
 
 def share(run, part, key):

@@ -272,6 +272,25 @@ def test_it_goes_on_from_any_epoch_and_asks_again_where_the_checkpoint_lies_befo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name, harm", [
+    ("snapshot.json", lambda path: path.unlink()), ("snapshot.json", lambda path: path.write_text("[{]")),
+    ("snapshot.npz", lambda path: path.unlink()), ("snapshot.npz", lambda path: path.write_bytes(b"PK"))])
+def test_a_file_of_a_snapshot_that_is_gone_or_damaged_is_named(name, harm, threshold, tmp_path, monkeypatch, capsys):
+    threshold(ALWAYS)
+    with monkeypatch.context() as patch:
+        def cut(line, stage):
+            if line["epoch"] == 3:
+                raise KeyboardInterrupt
+        patch.setattr(train, "print_epoch", cut)
+        assert train.main([*SMALL, *ONCE, "--out", str(tmp_path), "--name", "cut"]) == 130
+    harm(tmp_path / "cut" / name)
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 2
+    line = capsys.readouterr().err
+    assert f"{tmp_path}/cut/{name}" in line and line.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_pass_and_give_one_run(train_process, tmp_path):
     arguments = ["--model", "test_vit", "--no-pretrained", "--image-size", "64", *SMALL, *ONCE, "--decoy",
                  "--out", tmp_path]
