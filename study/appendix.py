@@ -34,14 +34,20 @@ def the_runs(study):
 
 
 def asked(study):
-    """What each network answered under --heat snapshot."""
+    """What each network answered under --heat snapshot, and what the least and the most accurate run transplanted."""
     rows = [[arm, run.seed, answer["epoch"], points(answer["follows"], 1, True), ends(answer["interval"], 1),
              answer["pairs"], "yes" if answer["transplants"] else "no"] for arm, run in study.results
             if "snapshot" in run.metrics for answer in [*run.metrics["snapshot"]["before"], run.metrics["snapshot"]]]
     table = Table("asked", "By how many points a network follows few pixels, in a run under --heat snapshot, with the "
                   "95% interval over pairs of images; yes: every image is transplanted from there on.",
                   ["arm", "seed", "after epochs", "follows", "95% interval", "pairs", "depends"], rows)
-    return [table] if rows else []
+    done = [run for _, run in study.results if run.metrics.get("snapshot", {}).get("transplants")
+            and run.config["control"] is None and (run.folder / "sheet.png").exists()]
+    done.sort(key=lambda run: run.metrics["test"]["accuracy"])
+    sheets = [figures.from_png(f"sheet-{word}", run.folder / "sheet.png",
+                               f"What is transplanted: {run.folder.name}, of these runs the {word} accurate on test.")
+              for word, run in zip(("least", "most"), (done[0], done[-1]) if done else ())]
+    return [table, *sheets] if rows else []
 
 
 def share(run, part, key):

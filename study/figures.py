@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from engine import files
 from study import comparison, statistics
@@ -183,6 +184,16 @@ def risks(pooled):
         axes.plot(100 * coverage, 100 * risk, label=arm, marker="")
     legend(axes)
     return axes.figure
+
+
+def from_png(name, path, caption):
+    """A Picture of a PNG file."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    figure = Figure((pixels.shape[1] / 150, pixels.shape[0] / 150))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(pixels)
+    axes.axis("off")
+    return Picture(name, caption, figure, f"the picture {path}")
 
 
 def write(folder, sections, study):

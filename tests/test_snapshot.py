@@ -18,6 +18,7 @@ from engine.checkpoint import load_checkpoint
 from engine.decoy import draw_decoy
 from engine.folder import open_run, read_log
 from engine.loader import prepare, to_float
+from study import appendix, arms
 
 SMALL = ["--dataset", "faint_digits", "--train-fraction", "0.5", "--epochs", "4"]
 ONCE = ["--heat", "snapshot", "--schedule", "after:1"]
@@ -198,6 +199,16 @@ def test_above_it_every_image_is_transplanted_from_there_on_and_the_learning_rat
     assert images == found["images"] == 3 * found["asked"] + train_images // 32 * 32 + train_images
     assert evaluation.main([str(transplanted)]) == 0
     assert "the network after 1 epochs follows" in capsys.readouterr().out and (transplanted / "sheet.png").exists()
+
+
+@pytest.mark.pictures
+def test_a_report_has_each_answer_and_what_the_best_and_worst_run_transplanted(transplanted):
+    result = arms.read_result(transplanted)
+    table, least, most = appendix.asked(SimpleNamespace(results=[("snapshot", result), ("again", result)]))
+    follows = result.metrics["snapshot"]["follows"]
+    assert [row[:4] for row in table.rows] == [[arm, 0, 1, f"{100 * follows:+.1f}"] for arm in ("snapshot", "again")]
+    assert (least.name, most.name) == ("sheet-least", "sheet-most") and "run" in least.caption
+    assert appendix.asked(SimpleNamespace(results=[])) == []
 
 
 def test_the_heat_that_is_kept_is_that_of_the_snapshot_image_by_image(transplanted):
