@@ -24,7 +24,7 @@ from study.figures import Table, ends, number, points
 
 FOLDER = settings.HERE / "results"
 IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80, 121), "elpv": (262, 656),
-          "sign-digits": (206, 633)}  # val, test
+          "sign-digits": (206, 633), "pacs-photo": (167, 333)}  # val, test
 ANSWERS = re.compile(r"(?<=<!-- made by python -m study\.pages -->\n).*(?=<!-- end -->)", re.DOTALL)
 WIDTH = 120
 
