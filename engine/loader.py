@@ -109,7 +109,7 @@ class Order:
     """
 
     def __init__(self, length, batch_size, seed, rank=0, ranks=1, weights=None):
-        self.length, self.seed, self.epoch, self.start, self.of_epoch = length, seed, 0, 0, (None, None)
+        self.length, self.seed, self.epoch, self.start = length, seed, 0, 0
         self.weights = weights
         self.batch_size = max(min(batch_size, length) // ranks, 1)  # of this process
         self.rank, self.ranks = rank, ranks
@@ -119,11 +119,9 @@ class Order:
 
     def rows(self):
         """Positions of an epoch's images, int64 [batches, batch_size of all ranks]."""
-        if self.of_epoch[0] != self.epoch:  # each step may ask
-            order = self.length if self.weights is None else np.repeat(np.arange(self.length), self.weights)
-            order = numpy_generator("order", self.seed, self.epoch).permutation(order)[:self.length]
-            self.of_epoch = self.epoch, np.resize(order, (len(self), self.batch_size * self.ranks))
-        return self.of_epoch[1]
+        order = self.length if self.weights is None else np.repeat(np.arange(self.length), self.weights)
+        order = numpy_generator("order", self.seed, self.epoch).permutation(order)[:self.length]
+        return np.resize(order, (len(self), self.batch_size * self.ranks))
 
     def __iter__(self):
         return iter(self.rows()[self.start:, self.rank * self.batch_size:(self.rank + 1) * self.batch_size])

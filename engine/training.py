@@ -109,6 +109,7 @@ class Training:
         self.network = torch.compile(self.shared) if config["compile"] else self.shared
         self.energy = costs.Energy(device, first=ranks.LOCAL_RANK == 0)
         self.skipped, self.row = [], []  # ((epoch, step), bool on the device) since the last `check_finite`; its end
+        self.rows = None, None  # an epoch, and the positions of its images
         explain = heat_net = None
         if explained is not None:  # another network is neither trained nor compiled
             explained.to(device, memory_format=torch.channels_last)
@@ -139,7 +140,9 @@ class Training:
         first = ranks.RANK * len(labels)
         place = (first, ranks.RANKS * len(labels))
         if self.proxy.grids is not None:
-            rows = sent(torch.from_numpy(self.order.rows()[step, first:first + len(labels)]), self.device)
+            if self.rows[0] != epoch:
+                self.rows = epoch, self.order.rows()
+            rows = sent(torch.from_numpy(self.rows[1][step, first:first + len(labels)]), self.device)
             heat = self.proxy.grids[rows].float()
             self.proxy.heat_of_batch = data.moved(heat, pixels.shape[-1], self.config, key, place)
         return data.augment(pixels, labels, self.mean, self.std, self.classes, self.config, key, place)

@@ -185,8 +185,10 @@ SEVEN = [*TINY, "--train-fraction", "0.35", "--image-size", "64", "--select", "a
 def test_gradients_are_averaged_once_in_each_step_of_the_optimizer(accumulate, step, more, alone_and_together, tmp_path,
                                                                    train_process):
     """And where nothing depends on who has an image, the weights are those of one process with the same batches."""
-    arguments = [*SEVEN, "--epochs", "2", "--accumulate", accumulate, "--step", step, *more, "--out", tmp_path]
-    if step == "another":
+    arguments = [*SEVEN, "--epochs", "2", "--accumulate", accumulate, *more, "--out", tmp_path]
+    if step != "another":
+        arguments += ["--step", step]
+    else:
         first = train_process([*SEVEN, "--cam", "none", "--epochs", "1", "--out", tmp_path, "--name", "first"])
         assert first.wait() == 0, first.output()
         arguments += ["--heat", tmp_path / "first"]
