@@ -155,6 +155,7 @@ def _decode_all(dataset, size, path, workers, new=False):
         np.lib.format.write_array_header_1_0(file, about)
 
     def write(file):
+        """Note in `bad` what cannot be used, and put the rest into the file, if there is one; again at fewer levels."""
         if file:
             file.seek(0)
             header(file, len(dataset))

@@ -23,8 +23,7 @@ def the_runs(study):
         table.append([arm, run.seed, *(points(share(run, *way)) for way in parts.values()), run.metrics["epochs"],
                       number(cost["train_seconds"], 1), cost["images_seen"], cost["erased_images"],
                       sum(line["erased_images"] for line in late),
-                      number(cost["peak_gpu_allocated_mb"] or cost["peak_host_mb"], 0),
-                      str(run.folder)])
+                      number(cost["peak_gpu_allocated_mb"] or cost["peak_host_mb"], 0), str(run.folder)])
     skipped = sum(run.metrics["skipped_images"] for run in results)
     answer = f"{len(table)} runs of {len(study.arms)} arms."
     return Section("The runs", answer + f" Images left out by --skip-bad, over all runs: {skipped}." * bool(skipped), [
