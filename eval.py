@@ -93,7 +93,8 @@ def describe(folder, result, checkpoint="last"):
         lines += ["", f"by class: test.per_class in {folder}/metrics.json, for {len(by_class)} classes; the lowest f1 "
                       f"is that of {worst}, {by_class[worst]['f1']:.4f}"]
     if "clean_test" in parts:
-        lines += ["", "--decoy: squares show the true class in val and another in test; clean_test has none"]
+        lines += ["", "--decoy: squares show the class in val as often as in training, and another in test; clean_test "
+                  "has none"]
     if "snapshot" in result:
         then = "every image was transplanted" if result["snapshot"]["transplants"] else "nothing was done"
         lines += ["", f"snapshot: {snapshot.describe(result['snapshot'])}; from there on {then}"]

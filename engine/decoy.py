@@ -1,6 +1,7 @@
 """A planted shortcut, and where in an image heat should lie.
 
-`--decoy` plants a coloured square whose colour gives the class away in training and validation, and lies in the test.
+`--decoy` plants a coloured square whose colour gives the class away in training and validation, in all of the images or
+in a share of them, and lies in the test.
 `masks_of` gives the square, or of some datasets the object.
 """
 
@@ -40,18 +41,20 @@ def swatch(corners, size):
     return rows[:, :, None] & columns[:, None, :] & (corners >= 0)[:, None, None]
 
 
-def draw_decoy(dataset, split, seed):
-    """A `Decoy` of all images: its colour is that of the class in training and validation, in the test that of another.
+def draw_decoy(dataset, split, share, seed):
+    """A `Decoy` of all images: in training and validation the colour of the class, in the test that of another.
 
     After decoy MNIST (Ross, Hughes and Doshi-Velez 2017, "Right for the right reasons", section 4.2), in colour.
-    Corners, and the other classes of the test, are drawn at random.
+    Corners, and the other classes, are drawn at random. share: of the images of training and validation that show their
+    class; the others show another, as in the test.
     """
     draw, count = numpy_generator("decoy", seed), len(dataset.classes)
     hues = [colorsys.hsv_to_rgb(c / count, 1, 1) for c in range(count)]
     corners = draw.integers(4, size=len(dataset))
     others = (dataset.labels + draw.integers(1, count, size=len(dataset))) % count
     test = set(split["test"])
-    shown = np.where([image_id in test for image_id in dataset.ids], others, dataset.labels)
+    lies = np.array([image_id in test for image_id in dataset.ids]) | (draw.random(len(dataset)) >= share)
+    shown = np.where(lies, others, dataset.labels)
     return Decoy(corners, np.rint(255 * np.array(hues)).astype(np.uint8)[shown])
 
 

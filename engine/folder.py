@@ -54,7 +54,7 @@ class Run:
                             "with: images, names or classes differ. Where that lies elsewhere now, --resume with "
                             "--data-dir DIR goes on")
         if self.config["decoy"]:
-            dataset.decoy = draw_decoy(dataset, self.split, self.config["seed"])
+            dataset.decoy = draw_decoy(dataset, self.split, self.config["decoy"], self.config["seed"])
         return dataset
 
 
@@ -94,6 +94,8 @@ def modernised(config, where):
     if "heat_from" in config:  # before there were snapshots
         config["heat"] = config.pop("heat_from")
         config |= {"step": "online"} if config["heat"] else {}
+    if isinstance(config.get("decoy"), bool):  # before it was a share
+        config["decoy"] = float(config["decoy"])
     missing = {key: setting.neutral for key, setting in settings.SETTINGS.items() if key not in config}
     return config | missing | {"format": settings.FORMAT}
 

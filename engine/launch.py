@@ -51,7 +51,7 @@ def start(options, dry_run, show_sheet, train):
     split = {"classes": dataset.classes, "fingerprint": dataset.fingerprint, **split,
              "skipped": [image_id for image_id, _, _ in skipped]}
     if config["decoy"]:
-        dataset.decoy = draw_decoy(dataset, split, config["seed"])
+        dataset.decoy = draw_decoy(dataset, split, config["decoy"], config["seed"])
     config["layer"] = layer or config["layer"]
     if config["batch_size"] == settings.AUTO:
         size = fit.fitting_batch(train, config, model, dataset.classes, device, len(split["train"]))

@@ -87,6 +87,7 @@ def parse(arguments, text):
         default = "null" if defaults[key] is None else defaults[key]
         about = f"{setting.help}{choices} (default: {default})".replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if setting.kind is bool else {"metavar": key.upper()}
+        kind |= {} if setting.bare is None else {"nargs": "?", "const": str(setting.bare)}
         groups[setting.group].add_argument(option(key), default=argparse.SUPPRESS, help=about, **kind)
     command.add_argument("--same-step", dest="step", action="store_const", const="same_step", default=argparse.SUPPRESS,
                         help="the same as --step same_step")

@@ -65,6 +65,7 @@ class Setting:
     word: str | None = None  # may be this word instead
     syntax: object = None  # a function of the value that raises ValueError
     neutral: object = None
+    bare: object = None  # what the option means without a value, if it may have none
 
     def check(self, value, where):
         """The value as it is used, or UserError that names `where` it stood."""

@@ -34,7 +34,9 @@ SETTINGS = {
     "image_size": Setting(int, DATA, "side of the square images (null: as the dataset)", 8, 4096, optional=True),
     "train_fraction": Setting(float, DATA, "share of the training part to train on, stratified", TINY, 1),
     "skip_bad": Setting(bool, DATA, "leave out images that cannot be used; without, they end the run at its start"),
-    "decoy": Setting(bool, DATA, "plant a shortcut: a coloured corner shows the class, in the test another one"),
+    "decoy": Setting(float, DATA, "plant a shortcut: in this share of the training images (without a number: in all) "
+                     "a coloured corner shows the class, in the others and in the test another one; 0: none", 0, 1,
+                     bare=1.0),
     "model": Setting(str, NETWORK, "a short name of configs.json or any timm name"),
     "pretrained": Setting(bool, NETWORK, "start from timm's pretrained weights where it has them"),
     "weights": Setting(str, NETWORK, "start from a local .safetensors or .pth file instead", optional=True,

@@ -166,7 +166,7 @@ def test_batches_with_a_decoy_reach_the_device_without_a_copy_that_blocks(reside
     pixels = np.zeros((24, 64, 64, 3), np.uint8)
     names = [str(i) for i in range(24)]
     dataset = Dataset("zeros", None, list("ab"), names, np.arange(24) % 2, pixels, pixels=Pixels(pixels))
-    dataset.decoy = draw_decoy(dataset, {"test": []}, 0)
+    dataset.decoy = draw_decoy(dataset, {"test": []}, 1, 0)
     monkeypatch.setattr(loader, "RESIDENT_BYTES", 2**30 if resident else 0)
     made = loader.Batches(dataset, names, 64, COUNT, DEVICE, seed=0)
     if not resident:
@@ -228,7 +228,7 @@ def test_on_a_gpu_batches_from_pinned_memory_are_those_of_the_cpu_however_busy_i
     pixels = np.random.default_rng(0).integers(0, 256, (512, 64, 64, 3), dtype=np.uint8)
     names, work = [str(i) for i in range(512)], torch.randn(4096, 4096, device="cuda")
     dataset = Dataset("random", None, list("ab"), names, np.arange(512) % 2, pixels, pixels=Pixels(pixels))
-    dataset.decoy = draw_decoy(dataset, {"test": []}, 0) if decoy else None
+    dataset.decoy = draw_decoy(dataset, {"test": []}, 1, 0) if decoy else None
     kept = []
     for images, labels in loader.Batches(dataset, names, 64, 32, torch.device("cuda", 0), seed=0):
         for _ in range(20):

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow  # its experiments take ten seconds to make
 SCRIPT, DOLLARS, ARM = "<script>alert(1)</script>", "$x_1$ & 100%", "gradcam++ <img src=http://example.com/x.png>"
 ARMS = {"none": {"cam": "none", "image_size": 32}, ARM: {"cam": "gradcam++", "select": "all", "image_size": 32},
         "vit": {"model": "test_vit", "cam": "none", "image_size": 64},
-        "square": {"cam": "none", "decoy": True, "image_size": 32},
-        "square, all": {"select": "all", "decoy": True, "image_size": 32}}
+        "square": {"cam": "none", "decoy": 1, "image_size": 32},
+        "square, all": {"select": "all", "decoy": 1, "image_size": 32}}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

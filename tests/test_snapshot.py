@@ -218,7 +218,7 @@ def test_the_heat_that_is_kept_is_that_of_the_snapshot_image_by_image(transplant
     model = run.network()
     model.load_state_dict(load_checkpoint(transplanted / "heat.pt")["model"])
     dataset, size = run.dataset(), run.config["image_size"]
-    dataset.decoy = draw_decoy(dataset, run.split, 0)
+    dataset.decoy = draw_decoy(dataset, run.split, 1, 0)
     mean, std = network.normalisation(run.config, model)
     for number in (0, 7, len(grids) - 1):
         batch = loader.Batches(dataset, [run.split["train"][number]], size, 1, torch.device("cpu"))
