@@ -215,7 +215,7 @@ def test_a_dry_run_shows_settings_split_and_network_and_writes_nothing(asl, tmp_
     (["--epochs", "3", "--lr", "1e-3"], {"epochs": 3, "lr": 0.001}), (["--layer=-2"], {"layer": "-2"}),
     (["--schedule", "null", "--target-accuracy", "null"], {"schedule": None, "target_accuracy": None}),
     (["--no-pretrained", "--decoy"], {"pretrained": False, "decoy": 1}), (["--epochs", "null"], {"epochs": "null"}),
-    (["--decoy", "0.9", "--seed", "1"], {"decoy": 0.9, "seed": 1}), (["--decoy", "--seed", "1"], {"decoy": 1, "seed": 1}),
+    (["--decoy", "0.9"], {"decoy": 0.9}), (["--decoy", "--seed", "1"], {"decoy": 1, "seed": 1}),
     (["--batch-size", "auto"], {"batch_size": "auto"}), ([], {}),
 ])
 def test_options_become_values_of_their_settings(arguments, expected):
