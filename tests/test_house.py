@@ -14,7 +14,7 @@ TESTS = sorted(HERE.glob("tests/*.py"))
 # A module imports only what stands behind it here.
 ORDER = [
     "bench", "report",
-    *(f"study.{name}" for name in ("pages", "appendix", "explain", "figures", "comparison", "arms", "timing",
+    *(f"study.{name}" for name in ("pages", "failure", "appendix", "explain", "figures", "comparison", "arms", "timing",
                                    "statistics", "faithfulness", "peers")),
     "train", "staged", "eval", "snapshot",
     *(f"engine.{name}" for name in ("experiment", "launch", "fit", "training", "pictures", "before", "predict",
