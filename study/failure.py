@@ -8,6 +8,7 @@ contradicts a shortcut where some training images do: not where all agree with i
 program. Nothing is written but the rows, and a run that is interrupted begins again.
 """
 
+import csv
 import sys
 
 import torch
@@ -78,11 +79,13 @@ def main(arguments):
     """The command line."""
     parser = Parser(prog="study.failure", description="Learning from Failure, with the settings of finished runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
-    print("run,val %,test %,clean test %", flush=True)
-    for path in parser.parse(arguments)["runs"]:
+    paths, rows = parser.parse(arguments)["runs"], csv.writer(sys.stdout, lineterminator="\n")
+    rows.writerow(["run", "val %", "test %", "clean test %"])
+    for path in paths:
         run = folder.open_finished(path)
         found = learn(run, network.pick_device(run.config["device"]))
-        print(f"{path},{','.join(f'{100 * share:.2f}' for share in found.values())}", flush=True)
+        rows.writerow([path, *(f"{100 * share:.2f}" for share in found.values())])
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
