@@ -18,14 +18,18 @@ import torch
 import torch.nn.functional as F
 
 import cam
+import proxy
 import snapshot
 from engine import cache, chance, decoy, display, files, folder, loader, network, predict, settings
+from engine.erasing import Scene, of_another_class, put
 from engine.files import UserError
 from engine.options import Parser, program
 from study import faithfulness, statistics
 from study.figures import as_text, number, points
 
 EXPLAINED, FOUND_IN = 200, 1000  # test and validation images, drawn at random; every seed's are its own
+PASTED, AREAS = 512, (0.03, 0.1, 0.25, 0.5)  # training and validation images, and shares of their pixels
+PLACES = {"hottest": None, "random": "random", "coolest": "coolest"}  # a column's head: a control of `proxy.CONTROLS`
 PIXELS_AT_ONCE = 32 * 224 * 224
 RULE = "the rule's"  # the layer where none is named
 AREA = f"{100 * faithfulness.FEW:g}%"
@@ -152,17 +156,41 @@ def write_follows(path, device=torch.device("cpu")):
     measured again. Raises UserError where the network has no layer for it.
     """
     run = folder.open_run(path)
-    if (run.folder / "follows.json").exists():
-        return files.read_json(run.folder / "follows.json")
+    if (run.folder / "follows.json").exists() and "pasted" in (known := files.read_json(run.folder / "follows.json")):
+        return known
     dataset, model = run.dataset(), run.network().to(device, memory_format=torch.channels_last).requires_grad_(False)
     if dataset.pixels is None:
         cache.open_pixels(dataset, run.config, build=False)
     try:
-        answer = snapshot.ask(snapshot.Explained(run.config | settings.OF_SNAPSHOT, dataset, model, device), run.split)
+        explained = snapshot.Explained(run.config | settings.OF_SNAPSHOT, dataset, model, device)
     except ValueError as error:  # no layer for it
         raise UserError(f"--follows {path}: {error}") from None
-    files.write_json(run.folder / "follows.json", answer := answer | {"epoch": len(run.log)})
+    ids = chance.shuffled([*run.split["train"], *run.split["val"]], "snapshot", run.config["seed"])[:PASTED]
+    answer = snapshot.ask(explained, run.split) | {"epoch": len(run.log), "pasted": pasted(explained, ids)}
+    files.write_json(run.folder / "follows.json", answer)
     return answer
+
+
+def pasted(explained, ids):
+    """Where in an image its class is told: a list of {"area", and of each of PLACES a share of pairs}.
+
+    The share, among images that the network recognises, in which it says another image's class once such pixels of that
+    one, which it recognises too, are pasted in at their own place.
+    """
+    found = {}
+    for number, (images, labels, logits, grids) in enumerate(explained.of(ids, "what tells the class?")):
+        heat, key = cam.upsample(grids, images.shape[-2:]), (explained.config["seed"], number)
+        right, rows = logits.argmax(1) == labels, torch.arange(len(labels), device=labels.device)
+        scene = Scene(heat, right, rows, images, labels, right, None, None,
+                      chance.torch_generator(images.device, "pasted", *key))
+        donors, given = of_another_class(scene, labels, right)
+        for area in AREAS:
+            for place, control in PLACES.items():
+                mask = proxy.pixel_mask(heat, area, control, key)[donors]
+                said = explained.forward(put(images, mask, images[donors])).argmax(1)
+                found.setdefault((area, place), []).append((said == labels[donors])[right & given].cpu().numpy())
+    share = {key: float(np.concatenate(values).sum() / max(1, sum(map(len, values)))) for key, values in found.items()}
+    return [{"area": area} | {place: share[area, place] for place in PLACES} for area in AREAS]
 
 
 def describe_follows(path, answer):
@@ -170,7 +198,9 @@ def describe_follows(path, answer):
     name = max(map(len, answer["by_class"]))
     rows = [f"  {files.one_line(c):{name}} {points(value, 1, True):>6}" for c, value in answer["by_class"].items()]
     advice = "\nTrain with --heat snapshot, which unlearns that" if answer["transplants"] else ""
-    return f"{path}: {snapshot.describe(answer)}{advice}\nBy the class that is pasted in:\n" + "\n".join(rows)
+    told = as_text(["area, %", *PLACES], [[points(value, 1) for value in row.values()] for row in answer["pasted"]])
+    return (f"{path}: {snapshot.describe(answer)}{advice}\nBy the class that is pasted in:\n" + "\n".join(rows)
+            + f"\nSaid to be of another image's class once these pixels of it are pasted in, %:\n{told}")
 
 
 def write_where(path, methods, layer=None, device=torch.device("cpu"), misled=False):

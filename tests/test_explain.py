@@ -16,6 +16,7 @@ from pytorch_grad_cam.metrics.perturbation_confidence import PerturbationConfide
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
 from scipy import stats
 from test_data import load
+from test_snapshot import asked, images_with_squares, told_by_squares
 
 import train
 from engine import decoy, files, folder, settings
@@ -225,12 +226,27 @@ def test_a_network_that_depends_on_a_square_is_told_from_one_that_does_not(decei
     printed, result = capsys.readouterr().out, files.read_json(deceived / "follows.json")
     assert result["transplants"] and "it depends on few pixels" in printed and "Train with --heat snapshot" in printed
     assert result["interval"][0] < result["follows"] < result["interval"][1] and len(result["by_class"]) > 1
+    few, half = result["pasted"][0], result["pasted"][-1]
+    assert few["hottest"] > 0.3 > 3 * few["random"] and few["coolest"] < 0.1  # the square is 1.6% of the pixels
+    assert "\n3.0 " in printed and half["hottest"] > half["coolest"]
     assert train.main(["--cam", "none", "--epochs", "8", "--train-fraction", "0.5", "--out", str(deceived.parent),
                        "--name", "honest"]) == 0
     assert explain.main([str(deceived.parent / "honest"), "--follows"]) == 0
     printed = capsys.readouterr().out
     assert "does not depend on few pixels" in printed and "Train with" not in printed
     assert files.read_json(deceived.parent / "honest" / "metrics.json")["val"]["accuracy"] > 0.9
+
+
+def test_where_the_class_is_told_shows_in_whose_pixels_change_what_is_said():
+    images, labels, heat = images_with_squares()
+    explained = asked(told_by_squares)
+    explained.of = lambda ids, text: [(images, labels, told_by_squares(images), heat)]
+    for row in explain.pasted(explained, []):  # two squares are a tie, which the class with the lower number wins
+        assert row["coolest"] < 0.2 and 0.3 < row["hottest"] < 1
+    heat = 1 - heat
+    assert explain.pasted(explained, [])[0]["hottest"] == 0 < explain.pasted(explained, [])[-1]["coolest"]
+    explained.of = lambda ids, text: [(images, labels, -told_by_squares(images), heat)]  # recognises none
+    assert {row["hottest"] for row in explain.pasted(explained, [])} == {0}
 
 
 def test_where_is_how_much_of_the_square_each_way_of_explaining_finds(deceived, capsys):
