@@ -14,7 +14,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
+import data
 from engine import before, cache, chance, costs, folder, network, predict
+from engine.files import UserError
 from engine.options import Parser, program
 from engine.training import Parts, Stage, set_up
 
@@ -46,8 +48,13 @@ def losses_of(biased, other, labels, rows, of_biased, of_other):
 
 
 def learn(run, device):
-    """Train both networks. run: `folder.Run`. Returns {part: accuracy} of the one that is to be used."""
-    config, dataset = run.config | {"cam": "none", "heat": None}, run.dataset()
+    """Train both networks. run: `folder.Run`. Returns {part: accuracy} of the one that is to be used.
+
+    Raises UserError where images are mixed, for then an image has no loss of its own.
+    """
+    config, dataset = run.config | {"cam": "none", "heat": None, "mode": "online", "reweight": None}, run.dataset()
+    if mixed := {"cutmix", "mixup"} & set(data.read_augment(config["augment"])[1]):
+        raise UserError(f"{run.folder}: --augment {mixed.pop()} mixes images; name a run without")
     if dataset.pixels is None:
         cache.open_pixels(dataset, config, build=False)
     parts, epochs = Parts(config, run.folder, dataset, run.split, device), config["epochs"]

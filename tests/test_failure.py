@@ -44,3 +44,5 @@ def test_it_trains_with_a_runs_settings_and_says_how_good_the_network_is(trained
     assert row["run"] == str(run) and 10 < float(row["val %"]) <= 100 and 0 < float(row["clean test %"]) <= 100
     assert failure.main([str(run)]) == 0 and capsys.readouterr().out == first
     assert failure.main([str(run / "nothing")]) == 2
+    mixed = trained("--cam", "none", "--augment", "light,cutmix:1", "--train-fraction", "0.1", epochs=1)
+    assert failure.main([str(mixed)]) == 2 and "name a run without" in capsys.readouterr().err
