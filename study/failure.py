@@ -1,4 +1,4 @@
-"""Learning from Failure (Nam et al. 2020), to compare with, trained with the settings and on the split of finished runs.
+"""Learning from Failure (Nam et al. 2020), to compare with: trained with the settings and split of finished runs.
 
     python -m study.failure runs/NAME … > failure.csv       # a row a run: accuracies in percent
 
