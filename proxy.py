@@ -300,7 +300,7 @@ def mean(images, mask, scene):
 def noise(images, mask, scene):
     """Independent normal values with the mean and spread of normalised images, cut off at black and white."""
     normal = torch.randn(images.shape, generator=scene.generator, device=images.device)
-    return put(images, mask, normal.clamp(scene.black, scene.white))
+    return put(images, mask, normal.clamp_(scene.black, scene.white))
 
 
 BLUR = 1 / 16  # of the side, as a standard deviation: shapes go, colours stay

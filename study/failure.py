@@ -73,6 +73,8 @@ def learn(run, device):
             found = losses_of(*logits, labels, torch.from_numpy(rows).to(device), *seen)
             for each, loss in zip((biased, other), found):
                 each.backward(loss, step, len(batches))
+    for each in both:
+        each.energy.close()
     found = {}
     for part, share in (("val", {}), ("test", {}), ("clean_test", {"decoy": False})):
         batches = predict.batches_in_order(config, dataset, run.split[part.removeprefix("clean_")], device, **share)
