@@ -321,7 +321,7 @@ def other(images, mask, scene):
 
     The idea of visual context augmentation (Dvornik et al. 2018), with whatever the other image holds there.
     """
-    donors, given = of_another_class(scene, scene.classes, scene.fresh)
+    donors, given = of_another_class(scene.own, scene.classes, scene.fresh, scene.generator)
     return put(images, mask, torch.where(given[:, None, None, None], scene.batch[donors], scene.black))
 
 
@@ -341,7 +341,7 @@ def swap(images, mask, scene):
     """
     if not len(images):
         return images
-    donors, given = of_another_class(scene, scene.classes[scene.rows], scene.chosen)
+    donors, given = of_another_class(scene.own, scene.own, scene.chosen, scene.generator)
     pasted = put(images, mask | mask[donors], images[donors])
     return torch.where(given[:, None, None, None], pasted, noise(images, mask, scene))
 

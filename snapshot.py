@@ -205,7 +205,7 @@ def pairs(explained, images, labels, logits, heat, key):
         mask = proxy.pixel_mask(heat, explained.config["area"], control, key)
         scene = Scene(heat, every, rows, images, labels, every, eraser.black, eraser.white,
                       torch_generator(images.device, "follows", *key))  # the same pairs and noise both times
-        donors, given = of_another_class(scene, labels, mask.flatten(1).any(1))
+        donors, given = of_another_class(labels, labels, mask.flatten(1).any(1), scene.generator)
         filled = proxy.pasted(proxy.noise(images, mask, scene), images, mask, donors, given)
         said.append(explained.forward(filled).argmax(1) == labels[donors])
     return labels[donors], given & (logits.argmax(1) == labels)[donors], *said

@@ -20,6 +20,11 @@ class Scene(NamedTuple):
     white: torch.Tensor
     generator: torch.Generator  # on the images' device
 
+    @property
+    def own(self):
+        """The classes of the N images, int64 [N]."""
+        return self.classes[self.rows]
+
 
 class Waiting(NamedTuple):
     """Erased images on their way into a step."""
@@ -39,13 +44,13 @@ def pasted(filled, images, mask, donors, given):
     return put(filled, mask[donors] & given[:, None, None], images[donors])
 
 
-def of_another_class(scene, classes, may_give):
+def of_another_class(own, classes, may_give, generator):
     """For each of the N images one of M at random, of another class: int64 [N], and whether there is one, bool [N].
 
-    classes: int64 [M]. may_give: bool [M].
+    own: the classes of the N, int64 [N]. classes: of the M, int64 [M]. may_give: bool [M].
     """
-    foreign = (scene.classes[scene.rows][:, None] != classes) & may_give
-    draw = torch.rand(foreign.shape, generator=scene.generator, device=foreign.device)
+    foreign = (own[:, None] != classes) & may_give
+    draw = torch.rand(foreign.shape, generator=generator, device=foreign.device)
     score, donors = torch.where(foreign, draw, -1.0).max(1)
     return donors, score >= 0
 

@@ -21,7 +21,7 @@ import cam
 import proxy
 import snapshot
 from engine import cache, chance, decoy, display, files, folder, loader, network, predict, settings
-from engine.erasing import Scene, of_another_class, put
+from engine.erasing import of_another_class, put
 from engine.files import UserError
 from engine.options import Parser, program
 from study import faithfulness, statistics
@@ -180,10 +180,8 @@ def pasted(explained, ids):
     found = {}
     for number, (images, labels, logits, grids) in enumerate(explained.of(ids, "what tells the class?")):
         heat, key = cam.upsample(grids, images.shape[-2:]), (explained.config["seed"], number)
-        right, rows = logits.argmax(1) == labels, torch.arange(len(labels), device=labels.device)
-        scene = Scene(heat, right, rows, images, labels, right, None, None,
-                      chance.torch_generator(images.device, "pasted", *key))
-        donors, given = of_another_class(scene, labels, right)
+        right, draws = logits.argmax(1) == labels, chance.torch_generator(images.device, "pasted", *key)
+        donors, given = of_another_class(labels, labels, right, draws)
         for area in AREAS:
             for place, control in PLACES.items():
                 mask = proxy.pixel_mask(heat, area, control, key)[donors]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from engine import before, cache, chance, costs, folder, network, predict
+from engine import before, cache, chance, costs, folder, metrics, network, predict
 from engine.files import UserError
 from engine.options import Parser, program
 from engine.training import Parts, Stage, set_up
@@ -48,7 +48,8 @@ def losses_of(biased, other, labels, rows, of_biased, of_other):
 
 
 def learn(run, device):
-    """Train both networks. run: `folder.Run`. Returns {part: accuracy} of the one that is to be used.
+    """Train both networks. run: `folder.Run`. Returns {part: accuracy} of the one that is to be used, for each part
+    of `metrics.PREDICTED` that the run has.
 
     Raises UserError where images are mixed, for then an image has no loss of its own.
     """
@@ -75,12 +76,9 @@ def learn(run, device):
                 each.backward(loss, step, len(batches))
     for each in both:
         each.energy.close()
-    found = {}
-    for part, share in (("val", {}), ("test", {}), ("clean_test", {"decoy": False})):
-        batches = predict.batches_in_order(config, dataset, run.split[part.removeprefix("clean_")], device, **share)
-        logits, labels = predict.predict(other.model, batches, other.mean, other.std, device)
-        found[part] = (logits.argmax(1) == labels).float().mean().item()
-    return found
+    found = predict.predictions(config, other.model, dataset, run.split, device)
+    return {part: (found[f"{part}_logits"].argmax(1) == found[f"{part}_labels"]).mean()
+            for part in metrics.PREDICTED if f"{part}_logits" in found}
 
 
 @program("study.failure")

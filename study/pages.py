@@ -121,7 +121,7 @@ class Results:
 
     def render(self, template):
         """A template's text with its figures, wrapped."""
-        here = (exists, runs, cell, text, mean, level, exact, sooner, zip, self.pair, self.versus,
+        here = (exists, runs, cell, text, mean, level, exact, answered, sooner, zip, self.pair, self.versus,
                 self.over_shares, self.misled, self.family)
         names = {each.__name__: each for each in here} | {"interval": statistics.interval, "table": table}
         made = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -163,6 +163,12 @@ def mean(folder, arm, column="test %", percent=True):
 def level(folder, arm, column="test %"):
     """An arm's accuracy in percent, and its standard deviation over seeds, as text."""
     return f"{mean(folder, arm, column):.1f} ± {100 * comparison.spread(list(runs(folder, column)[arm].values())):.1f}"
+
+
+def answered(arm, *folders):
+    """How many runs of an arm under --heat snapshot were found to follow, and how many there are."""
+    asked = [row for folder in folders for row in table(f"{folder}/asked") if row["arm"] == arm]
+    return sum(row["depends"] == "yes" for row in asked), sum(len(runs(folder)[arm]) for folder in folders)
 
 
 def exact(count, among):

@@ -21,13 +21,13 @@ def test_a_decoy_shows_the_class_in_training_and_validation_and_another_in_the_t
     found = load("digits", None)
     split = make_split(found, STRATIFIED, seed=0)
     decoy, number = draw_decoy(found, split, share, seed=0), {image_id: i for i, image_id in enumerate(found.ids)}
-    colour_of = {tuple(draw_decoy(found, split, 1, seed=0).colours[number[i]]): int(found.labels[number[i]])
-                 for i in split["train"]}
+    true = draw_decoy(found, split, 1, seed=0)
+    colour_of = {tuple(true.colours[number[i]]): int(found.labels[number[i]]) for i in split["train"]}
     assert len(colour_of) == 10
     for part, truth in (("train", share), ("val", share), ("test", 0)):
         rows = [number[i] for i in split[part]]
-        true = np.mean([colour_of[tuple(decoy.colours[row])] == found.labels[row] for row in rows])
-        assert true == truth if truth in (0, 1) else abs(true - truth) < 3 * (truth * (1 - truth) / len(rows)) ** 0.5
+        told = np.mean([colour_of[tuple(decoy.colours[row])] == found.labels[row] for row in rows])
+        assert told == truth if truth in (0, 1) else abs(told - truth) < 3 * (truth * (1 - truth) / len(rows)) ** 0.5
     assert min(np.bincount(decoy.corners)) > 380
 
 
