@@ -63,8 +63,17 @@ def draw_decoy(dataset, split, share, seed):
 
 def ink(dataset, indices, pixels):
     """Of drawings: what is brighter than the middle between an image's darkest and its brightest pixel."""
-    grey = pixels.float().mean(1)
-    return grey > (grey.amin((1, 2), keepdim=True) + grey.amax((1, 2), keepdim=True)) / 2
+    return _upper_half(pixels.float().mean(1))
+
+
+def skin(dataset, indices, pixels):
+    """Of hands before a plain wall: red minus blue above the middle between its least and its most in the image."""
+    return _upper_half(pixels[:, 0].float() - pixels[:, 2].float())
+
+
+def _upper_half(values):
+    """Which of values [n, H, W] lie above the middle between the least and the most of their image."""
+    return values > (values.amin((1, 2), keepdim=True) + values.amax((1, 2), keepdim=True)) / 2
 
 
 def trimap(dataset, indices, pixels):
@@ -96,7 +105,7 @@ def beside(dataset, indices, pixels):
     return masks.to(pixels.device)
 
 
-MASKS = {"digits": ink, "noisy_digits": ink, "pets": trimap}
+MASKS = {"digits": ink, "noisy_digits": ink, "sign-digits": skin, "pets": trimap}
 
 
 def masks_of(dataset, indices, pixels):

@@ -33,7 +33,7 @@ def build_network(config, classes, pretrained=True):
     import timm
 
     name, arguments, known = timm_arguments(config)
-    weights = config["weights"] if pretrained else None
+    weights = weights_file(config) if pretrained else None
     pretrained = pretrained and config["pretrained"] and not weights
     text = "starts from random weights"
     if pretrained and not (known is not None and known.has_weights):
@@ -135,8 +135,8 @@ def _reach_hub(known, name):
 
 
 def _no_hub(name, reason):
-    return (f"the pretrained weights of {name} cannot be had ({reason}). Give a local file with --weights FILE "
-            "(.safetensors or .pth), or train from random weights with --no-pretrained")
+    return (f"the pretrained weights of {name} cannot be had ({reason}). Give a local file with --weights FILE, or a "
+            "folder of such (.safetensors or .pth), or train from random weights with --no-pretrained")
 
 
 # Parts that wrappers put into the middle of names; those in front are found by what fits.
@@ -145,6 +145,18 @@ WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 KEEP_TENSORS = """(1) import torch; keep = lambda x: x if torch.is_tensor(x) else {{k: keep(v) for k, v in \
 getattr(x, 'state_dict', lambda: x)().items() if isinstance(v, (dict, torch.Tensor, torch.nn.Module))}} \
 (2) torch.save(keep(torch.load({!r}, map_location='cpu', weights_only=False)), {!r})"""
+
+
+def weights_file(config):
+    """The file of --weights, or None: of a folder the one that has timm's name of the network. Raises UserError."""
+    path = config["weights"] and Path(config["weights"])
+    if not path or not path.is_dir():
+        return path
+    name = timm_arguments(config)[0].split(".")[0]
+    for file in (path / f"{name}{end}" for end in (".safetensors", ".pth")):
+        if file.is_file():
+            return file
+    raise UserError(f"--weights {path}: this folder has no {name}.safetensors and no {name}.pth")
 
 
 def read_weights(path):
@@ -252,7 +264,7 @@ def classes_of_weights(config):
     if config["weights"] and known is not None and isinstance(known.classifier, str):
         with torch.device("meta"):
             own = build_network(config, count, pretrained=False)[0].state_dict()
-        head = fitting(read_weights(config["weights"]), own)[0].get(f"{known.classifier}.weight")
+        head = fitting(read_weights(weights_file(config)), own)[0].get(f"{known.classifier}.weight")
         count = count if head is None else len(head)
     return count
 

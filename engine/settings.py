@@ -39,8 +39,8 @@ SETTINGS = {
                      bare=1.0),
     "model": Setting(str, NETWORK, "a short name of configs.json or any timm name"),
     "pretrained": Setting(bool, NETWORK, "start from timm's pretrained weights where it has them"),
-    "weights": Setting(str, NETWORK, "start from a local .safetensors or .pth file instead", optional=True,
-                       syntax=named),
+    "weights": Setting(str, NETWORK, "start from a local .safetensors or .pth file instead; in a folder, from the one "
+                       "with the network's name in timm", optional=True, syntax=named),
     "init": Setting(str, NETWORK, "start from the network of the finished run in this folder and keep its split; "
                     "classes are matched by name", optional=True),
     "epochs": Setting(int, TRAINING, "passes over the training part", 1, 100_000),

@@ -8,7 +8,7 @@ from test_classes import place
 from test_data import STRATIFIED, load
 
 from engine.dataset import Pixels, to_rgb
-from engine.decoy import draw_decoy, masks_of
+from engine.decoy import draw_decoy, masks_of, skin
 from engine.files import UserError
 from engine.loader import Batches
 from engine.split import make_split
@@ -51,6 +51,16 @@ def test_batches_show_each_images_square_in_its_corner_and_change_nothing_else()
         rows = shuffled.indices[positions]
         for image, inside, row in zip(images, decoy.mask(rows, 32), rows):
             assert (image[:, inside].T.numpy() == decoy.colours[row]).all()
+
+
+def test_skin_is_told_from_a_wall_by_colour_and_not_by_brightness():
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    hand = (rows - 40) ** 2 + (columns - 24) ** 2 < 300
+    wall = torch.linspace(0.3, 1, 64).expand(64, 64)  # from shadow to light
+    for colour in ((0.9, 0.7, 0.55), (0.35, 0.22, 0.15)):
+        image = torch.where(hand, torch.tensor(colour)[:, None, None], wall * torch.tensor([1, 1, 1.03])[:, None, None])
+        pixels = (255 * image.clamp(0, 1)).to(torch.uint8)
+        assert torch.equal(skin(None, None, pixels[None])[0], hand)
 
 
 def test_masks_beside_images_show_where_the_object_is(tmp_path):

@@ -67,6 +67,19 @@ def test_weights_load_from_a_file_and_say_what_was_left_out(kind, tiny, tmp_path
     assert network.classes_of_weights(config) == 10
 
 
+def test_a_folder_of_weights_serves_each_network_by_its_name_in_timm(tiny, tmp_path):
+    config = resolve(CONFIGS, {"model": "test_resnet", "weights": str(tmp_path)})
+    with pytest.raises(UserError, match=r"no test_resnet\.safetensors and no test_resnet\.pth"):
+        network.build_network(config, 10)
+    save_file(timm.create_model("test_vit", num_classes=10).state_dict(), tmp_path / "test_vit.safetensors")
+    torch.save(tiny.state_dict(), tmp_path / "test_resnet.pth")
+    model, text = network.build_network(config, 10)
+    assert "test_resnet.pth: 92 of 92 tensors" in text and network.classes_of_weights(config) == 10
+    assert all(torch.equal(value, tiny.state_dict()[key]) for key, value in model.state_dict().items())
+    config = resolve(CONFIGS, {"model": "test_vit", "weights": str(tmp_path)})
+    assert "test_vit.safetensors" in network.build_network(config, 10)[1]
+
+
 def under(prefix, state):
     return {prefix + key: tensor for key, tensor in state.items()}
 
