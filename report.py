@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # Python leaves it out
 
 import numpy as np
 
+import cam
 from engine import experiment, metrics, network, settings
 from engine.files import UserError
 from engine.options import Parser, program
@@ -71,33 +72,39 @@ def attention(study):
         return Section(title, "Not asked by these runs: it takes arms with a ViT and arms with a CNN on the same data, "
                        "as in python train.py --experiment vit-attention.")
     vit, base = (arms.pick_baseline({arm: study.arms[arm] for arm in each}) for each in (transformers, others))
-    values, method = {"correlation": {}, "overlap": {}}, study.method
+    values, method = {}, study.method
     for arm in others:
         for a, b in arms.pairs(study.arms[arm], study.arms[vit]):
-            for key, found in explain.likeness(a, method, b, "rollout", study.device).items():
-                values[key].setdefault(arm, {})[a.seed] = float(found.mean())
-    if base not in values["correlation"]:
+            for key, found in explain.likeness(a, method, b, cam.ATTENTION, study.device).items():
+                values.setdefault(key, {}).setdefault(arm, {})[a.seed] = float(found.mean())
+    if base not in values.get("correlation", ()):
         return Section(title, f"{base} and {vit} have no seed in common.")
-    likes, overlaps = (comparison.compare_values(each, base) for each in values.values())
-    family = max(row.get("family", 0) for row in comparison.one_family([*likes, *overlaps]))
+    compared = {measure: comparison.compare_values(each, base) for measure, each in values.items()}
+    likes = compared["correlation"]
+    family = max(row.get("family", 0) for row in comparison.one_family(sum(compared.values(), [])))
     table = [[measure, row["arm"], number(row["mean"]), number(row["spread"]), span(row), number(row.get("p"), 4),
-              number(row.get("p_holm"), 4)] for measure, rows in zip(values, (likes, overlaps)) for row in rows]
+              number(row.get("p_holm"), 4)] for measure, rows in compared.items() for row in rows]
     answer = f"The heat ({method}) of {base} and the rollout of {vit} have a rank correlation of {table[0][2]}"
-    two_seeds, gaussian = explain.references(study.arms[base], study.arms[vit], method, study.device)
-    for name, has, found in ((f"two seeds of {base}", "have", two_seeds), ("a centred Gaussian", "has", gaussian)):
-        for measure in values if found else ():
+    references = explain.references(study.arms[base], study.arms[vit], method, study.device)
+    for name, found in zip((f"two seeds of {base}", "a centred Gaussian", "the object itself"), references):
+        for measure in found[0] if found else ():
             each = values[measure][name] = {place: float(like[measure].mean()) for place, like in enumerate(found)}
             means = list(each.values())
             table.append([measure, name, number(np.mean(means)), number(comparison.spread(means)), *"–––"])
-        answer += f"; {name} {has} {table[-2][2]}" * bool(found)
+            answer += f"; {name}: {table[-1][2]}" * (measure == "correlation")
     if differences := figures.in_words(likes):
         few = min(row["pairs"] for row in likes[1:]) < statistics.fewest_seeds(family)
         answer += f". Against {base}: {differences}" + f" (too few seeds for Holm over {family})" * few
     dots = figures.dots("attention", likes, f"rank correlation with {vit}, difference to {base}", 1, "")
+    seed = min(set(study.arms[base]) & set(study.arms[vit]))
+    runs = {arm: study.arms[arm][seed] for arm in (*others, vit) if seed in study.arms[arm]}
+    caption = f"The first drawn test image of each class, seed {seed}; heat by {method}, of {vit} by rollout."
     return Section(title, f"{answer}.", dots + [
+        figures.photographs("attention-examples", *explain.examples(runs, method, vit, study.device), caption),
         Table("attention", f"How alike {method} heat is to the attention rollout of {vit}, on the same test images: "
-              "rank correlation over pixels; overlap (IoU) of the hottest fifth. Intervals by t over seeds; Holm over "
-              f"both measures and all arms ({family}). Last, what to compare with; each seed is in one pair of seeds.",
+              "rank correlation over pixels, also with its gradient rollout; overlap (IoU) of the hottest fifth. "
+              f"Intervals by t over seeds; Holm over all measures and arms ({family}). Last, what to compare with; "
+              "each seed is in one pair of seeds.",
               ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm"], table, 1),
         figures.per_seed("attention-runs", values)])
 
@@ -142,28 +149,33 @@ def with_less_data(found, baseline):
     """[Picture, Table] of accuracy by share of the training data, and sentences. found: `comparison.by_fraction`."""
     most, table, texts = max(found[baseline]), [], []
     for kind, shares in found.items():
+        saved = {share: (points(much, 0), ends(interval, 0)) for share, (much, interval) in
+                 (comparison.saved(shares, found[baseline]) if kind != baseline else {}).items()}
         for share, seeds in shares.items():
             row = comparison.compare_values({"all": found[baseline][most], kind: seeds}, "all")[1]
             own = list(seeds.values())
             table.append([kind, f"{100 * share:g}", len(own), points(np.mean(own)), points(comparison.spread(own)),
                           ends(statistics.interval(own)), points(row.get("difference"), sign=True),
-                          ends(row.get("interval"))])
+                          ends(row.get("interval")), *saved.get(share, "––")])
     for kind in (kind for kind in found if kind != baseline):
         less = [row for row in table if row[0] == kind and float(row[1]) < 100 * most]
         texts += [f"{kind} with {less[-1][1]}%: {less[-1][6]} points ({less[-1][7]})"] * bool(less)
     caption = "Test accuracy by share of the training data: mean over seeds and its 95% interval (t)"
     words = "; ".join(f"{row[0]} with {row[1]}%: {row[3]}" for row in table)
+    header = ["kind", "share %", "seeds", "accuracy %", "sd", "95% interval", "difference", "its 95% interval",
+              "saves %", "saves, 95% interval"]
     return [Picture("data-efficiency", f"{caption}.", figures.data_efficiency(found), words),
-            Table("data-efficiency", f"{caption}; the difference, by seed, to {baseline} with {100 * most:g}% of it.",
-                  ["kind", "share %", "seeds", "accuracy %", "sd", "95% interval", "difference", "its 95% interval"],
-                  table, None)], f"Against {baseline} on {100 * most:g}% of the data: {'; '.join(texts)}"
+            Table("data-efficiency", f"{caption}; the difference, by seed, to {baseline} with {100 * most:g}% of it; "
+                  "and what of its data the arm saves, by what the baseline gains there from twice as much (Fieller's "
+                  "interval; below 0: so much more is needed).", header, table, None)
+            ], f"Against {baseline} on {100 * most:g}% of the data: {'; '.join(texts)}"
 
 
 def explainability(study):
     """Question 4: is it easier to explain?"""
     title, values = "Does it change how well the network can be explained?", {}
     if not study.heat:
-        return Section(title, "Left out by --no-heat.", found_by_heat(study))
+        return Section(title, "Left out by --no-heat.", explain.tables_of_where(study.arms))
     for arm, run in study.results:
         for name, found in explain.write_explanations(run.folder, study.method, study.device).items():
             if found.ndim == 1:  # not a curve
@@ -186,27 +198,12 @@ def explainability(study):
     parts = [Table("explanations", caption, ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm",
                                              "family"], table, 1),
              figures.per_seed("explanations-runs", values)]
-    parts += found_by_heat(study)
+    parts += explain.tables_of_where(study.arms)
     if any(compared.values()):
         words = "; ".join(f"{MEASURES[name]}: {figures.in_words(each)}" for name, each in compared.items())
         caption = "Differences in each measure, paired by seed, with 95% intervals (t)."
         parts = [Picture("explanations", caption, figures.measures(compared), words), *parts]
     return Section(title, f"Measured with {study.method}, which no arm was trained with: {found}.", parts)
-
-
-def found_by_heat(study):
-    """Two Tables of what the runs' where.json hold, means and each run's; none where they have none."""
-    ways = [[arm, count, *way, *map(points, means)] for arm, runs in study.arms.items()
-            for way, (count, *means) in explain.where_found(runs.values()).items()]
-    each = [[arm, seed, *way, *map(points, values)] for arm, runs in study.arms.items() for seed, run in runs.items()
-            for way, (_, *values) in explain.where_found([run]).items()]
-    caption = ("By python -m study.explain RUN --where or --misled, in %: how much of the square (or the object) the "
-               f"hottest {explain.AREA} of the pixels cover, and in the class where that is least; how often the "
-               "hottest pixel is on it; how much of the heat. Of test images that misled: overlap with the heat of the "
-               "predicted class, what this loses with the hottest pixels (ROAD), what the true one gains (freed).")
-    header = ["images", "method", "layer", "explained", *explain.FOUND.values()]
-    return [Table("where", caption, ["arm", "seeds", *header], ways),
-            Table("where-runs", caption, ["arm", "seed", *header], each, shown=False)] if ways else []
 
 
 def shortcut(study):

@@ -25,12 +25,14 @@ from engine.erasing import of_another_class, put
 from engine.files import UserError
 from engine.options import Parser, program
 from study import faithfulness, statistics
-from study.figures import as_text, number, points
+from study.figures import Table, as_text, number, points
 
 EXPLAINED, FOUND_IN = 200, 1000  # test and validation images, drawn at random; every seed's are its own
 PASTED, AREAS = 512, (0.03, 0.1, 0.25, 0.5)  # training and validation images, and shares of their pixels
 PLACES = {"hottest": None, "random": "random", "coolest": "coolest"}  # a column's head: a control of `proxy.CONTROLS`
 PIXELS_AT_ONCE = 32 * 224 * 224
+OBJECT = "object"  # a heat that is all on it
+EXAMPLES = 8
 RULE = "the rule's"  # the layer where none is named
 AREA = f"{100 * faithfulness.FEW:g}%"
 # What --where measures, and a column's head.
@@ -74,8 +76,14 @@ def own_layer(config):
 
 
 def heats(path, ids, method, device):
-    """Heat [N, H, W] of what a run's network predicts for the images `ids`, on the CPU."""
+    """Heat [N, H, W] of what a run's network predicts for the images `ids`, on the CPU.
+
+    method: of `cam.METHODS`; or OBJECT, 1 where the object is and 0 elsewhere, None where that is not known.
+    """
     opened = Images(folder.open_run(path), ids, device)
+    if method == OBJECT:
+        masks = [decoy.masks_of(opened.dataset, places, pixels)[1] for _, _, pixels, places in opened]
+        return None if masks[0] is None else torch.cat(masks).float().cpu()
     layer = own_layer(opened.run.config)
     return torch.cat([faithfulness.heat_of(opened.model, images, method, layer)[0].cpu() for images, *_ in opened])
 
@@ -91,30 +99,57 @@ def attends(result):
         return False
 
 
-def likeness(a, method_a, b, method_b, device, ids=None):
-    """{"correlation", "overlap"}, each [N]: how alike the heats of two runs are in the same images.
+def likeness(a, method_a, b, methods_b, device, ids=None):
+    """{"correlation", "overlap"}, each [N]: how alike the heats of two runs are in the same images; {} where one is not
+    known. Of more methods than one for the second, "correlation, METHOD" for the others.
 
     a, b: `arms.Result`. ids: the images; by default EXPLAINED of a's test images.
     """
-    ids = ids or drawn(a, "test", "explained", EXPLAINED)
-    one, two = heats(a.folder, ids, method_a, device), heats(b.folder, ids, method_b, device)
-    if one.shape != two.shape:
-        two = F.interpolate(two[:, None], one.shape[1:], mode="bilinear")[:, 0]
-    return {"correlation": faithfulness.rank_correlation(one, two).numpy(),
-            "overlap": faithfulness.overlap(one, two).numpy()}
+    ids, found = ids or drawn(a, "test", "explained", EXPLAINED), {}
+    one = heats(a.folder, ids, method_a, device)
+    for place, method in enumerate(methods_b if one is not None else ()):
+        two = at_size(heats(b.folder, ids, method, device), one.shape[1:])
+        found[f"correlation, {method}" if place else "correlation"] = faithfulness.rank_correlation(one, two).numpy()
+        if not place:
+            found["overlap"] = faithfulness.overlap(one, two).numpy()
+    return found
+
+
+def at_size(heat, size):
+    """Heat [N, H, W] of a run with images of another size, at `size`."""
+    return heat if heat.shape[1:] == size else F.interpolate(heat[:, None], size, mode="bilinear")[:, 0]
+
+
+def examples(results, method, vit, device):
+    """What eight test images look like to arms: (photographs [N, H, W, 3] in [0, 1], {arm: heat [N, H, W]}).
+
+    The first drawn of each class, of up to EXAMPLES classes. results: {arm: Result}, explained by `method`; vit: the
+    one explained by its rollout.
+    """
+    first = results[vit]
+    label_of, chosen = dict(zip(first.split["test"], first.found["test_labels"])), {}
+    for image_id in drawn(first, "test", "explained", EXPLAINED):
+        chosen.setdefault(int(label_of[image_id]), image_id)
+    ids = [chosen[label] for label in sorted(chosen)][:EXAMPLES]
+    opened = Images(folder.open_run(first.folder), ids, device)
+    photographs = torch.cat([pixels.permute(0, 2, 3, 1).cpu() for _, _, pixels, _ in opened]).numpy() / 255
+    found = {arm: heats(result.folder, ids, "rollout" if arm == vit else method, device)
+             for arm, result in results.items()}
+    return photographs, {arm: at_size(heat, photographs.shape[1:3]).numpy() for arm, heat in found.items()}
 
 
 def references(cnn, vit, method, device):
-    """What the likeness of a CNN and a ViT is compared with, as two lists of `likeness`: of pairs of seeds of the CNN,
-    each seed in one pair, on test images that both have; and of a Gaussian in the middle of the image with the ViT.
-    cnn, vit: {seed: Result}.
+    """What the likeness of a CNN and a ViT is compared with, as lists of `likeness`: of pairs of seeds of the CNN, each
+    seed in one pair, on test images that both have; and with the ViT of a Gaussian in the middle of the image, and of
+    the object, where that is known. cnn, vit: {seed: Result}.
     """
     runs, two_seeds = [cnn[seed] for seed in sorted(cnn)], []
     for a, b in zip(runs[::2], runs[1::2]):
         theirs = set(b.split["test"])
         if both := [image_id for image_id in a.split["test"] if image_id in theirs][:EXPLAINED]:
-            two_seeds.append(likeness(a, method, b, method, device, both))
-    return two_seeds, [likeness(run, "center", run, "rollout", device) for run in vit.values()]
+            two_seeds.append(likeness(a, method, b, [method], device, both))
+    return [two_seeds, *([found for run in vit.values() if (found := likeness(run, what, run, cam.ATTENTION, device))]
+                         for what in ("center", OBJECT))]
 
 
 def write_explanations(path, method=None, device=torch.device("cpu")):
@@ -262,6 +297,21 @@ def where_found(runs):
         columns = [[row.get(key) for row in rows] for key in FOUND]
         found[way] = [len(rows), *(None if None in column else np.mean(column) for column in columns)]
     return found
+
+
+def tables_of_where(arms):
+    """Two Tables of what the runs' where.json hold, means and each run's; none where they have none."""
+    ways = [[arm, count, *way, *map(points, means)] for arm, runs in arms.items()
+            for way, (count, *means) in where_found(runs.values()).items()]
+    each = [[arm, seed, *way, *map(points, values)] for arm, runs in arms.items() for seed, run in runs.items()
+            for way, (_, *values) in where_found([run]).items()]
+    caption = ("By python -m study.explain RUN --where or --misled, in %: how much of the square (or the object) the "
+               f"hottest {AREA} of the pixels cover, and in the class where that is least; how often the "
+               "hottest pixel is on it; how much of the heat. Of test images that misled: overlap with the heat of the "
+               "predicted class, what this loses with the hottest pixels (ROAD), what the true one gains (freed).")
+    header = ["images", "method", "layer", "explained", *FOUND.values()]
+    return [Table("where", caption, ["arm", "seeds", *header], ways),
+            Table("where-runs", caption, ["arm", "seed", *header], each, shown=False)] if ways else []
 
 
 def describe_where(path, rows):

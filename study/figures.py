@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from engine import files
+from engine import files, pictures
 from study import comparison, statistics
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, darkest first.
@@ -105,16 +105,33 @@ def dots(name, rows, label, scale=100.0, unit=" points"):
     return [Picture(name, caption, figure, in_words(rows, scale, unit))]
 
 
-def draw_dots(axes, rows, scale=1.0):
-    """The dots and lines of `dots` on axes."""
-    for place, row in enumerate(rows):
-        low, high = (scale * x for x in row["interval"])
+def draw_dots(axes, rows, scale=1.0, names=None):
+    """The dots and lines of `dots` on axes. names: of the lines, from the top; by default those of the rows."""
+    names = names or [row["arm"] for row in rows]
+    for row in rows:
+        (low, high), place = (scale * x for x in row["interval"]), names.index(row["arm"])
         axes.plot([low, high], [place, place], color=COLOURS[1], linewidth=2)
-        axes.plot(scale * row["difference"], place, "o", color=COLOURS[1])
+        axes.plot(scale * row["difference"], place, "o", color=COLOURS[1], markersize=5)
     axes.axvline(0, color="0.5", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows], parse_math=False)  # a name may hold dollar signs
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names, parse_math=False)  # a name may hold dollar signs
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=6)  # more run into each other
+
+
+def side_by_side(sets, label):
+    """The figure of points of accuracy, a line for each arm and a panel for each set. sets: {title: rows}, as `dots`.
+
+    A line is there for every arm of any set, in the order in which they come.
+    """
+    names = list(dict.fromkeys(row["arm"] for rows in sets.values() for row in rows))
+    figure = Figure((2 + 1.9 * len(sets), 0.9 + 0.27 * len(names)), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, len(sets), sharey=True, squeeze=False)[0], sets.items()):
+        draw_dots(axes, rows, 100, names)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", color="0.92")
+    figure.supxlabel(label, fontsize=9)
+    return figure
 
 
 def in_words(rows, scale=1.0, unit=""):
@@ -184,6 +201,17 @@ def risks(pooled):
         axes.plot(100 * coverage, 100 * risk, label=arm, marker="")
     legend(axes)
     return axes.figure
+
+
+def photographs(name, images, heats, caption):
+    """The Picture of images [N, H, W, 3] in [0, 1] in a line, and below it one for the heat [N, H, W] of each arm."""
+    figure, grid = pictures.panels(1.1 * len(images), 1.25 * (1 + len(heats)), 1 + len(heats), len(images))
+    lines = {"photographs": images} | {arm: pictures.overlay(images, heat) for arm, heat in heats.items()}
+    for axes, (title, shown) in zip(grid, lines.items()):
+        axes[0].set_title(title, fontsize=8, loc="left", parse_math=False)
+        for each, image in zip(axes, shown):
+            each.imshow(image)
+    return Picture(name, caption, figure, caption)
 
 
 def from_png(name, path, caption):

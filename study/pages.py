@@ -26,6 +26,15 @@ FOLDER = settings.HERE / "results"
 IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80, 121), "elpv": (262, 656),
           "sign-digits": (206, 633), "pacs-photo": (167, 333), "bar": (195, 654), "pacs": (240, 960),
           "asl-rooms": (725, 870)}  # val, test
+# The figure of question 1: the sets, as {title: (folder, the name of an arm there)}, and what is compared with what.
+SETS = {"sign language": ("arms-asl", "{}"), "hand signs": ("arms-sign", "{}"),
+        "hand signs, ViT": ("arms-sign", "vit, {}"), "solar cells": ("arms-elpv", "{}"),
+        "digits": ("arms", "{}-train_fraction=0.05")}
+PAIRS = [(arm, "none") for arm in ("gradcam", "gradcam++", "layercam", "random place", "coolest", "random images",
+                                   "random erasing", "cutmix", "trivialaugment", "cutmix and gradcam", "staged",
+                                   "snapshot", "extra", "none, longer")]
+PAIRS += [("gradcam", control) for control in ("random place", "coolest", "random images", "random erasing")]
+PAIRS += [("extra", "none, longer")]
 ANSWERS = re.compile(r"(?<=<!-- made by python -m study\.pages -->\n).*(?=<!-- end -->)", re.DOTALL)
 WIDTH = 120
 
@@ -198,6 +207,19 @@ def wrapped(text):
     return "".join(done)
 
 
+def in_sets(results):
+    """{title of SETS: rows} of PAIRS, as far as a set has both arms; an arm is named with what it is compared with."""
+    found = {}
+    for title, (folder, name) in SETS.items():
+        there = runs(folder) if exists(f"{folder}/runs") else {}
+        for pair in PAIRS:
+            arm, against = (name.format(arm).replace("vit, none", "vit") for arm in pair)
+            if arm in there and against in there:
+                row = results.pair(folder, arm, against) | {"arm": " − ".join(pair)}
+                found.setdefault(title, []).append(row)
+    return found
+
+
 def made():
     """{path: text} of all that this program writes, but the pictures."""
     results, found = Results(), {}
@@ -218,6 +240,8 @@ def main(_):
     """The command line."""
     for path, text in made().items():
         figures.write_text(path, text)
+    label = "test accuracy, points: difference and its interval over seeds"
+    figures.write_figure(FOLDER / "augmentation.png", figures.side_by_side(in_sets(Results()), label), "png")
     for name in ("augmentation", "shortcut"):
         for picture in sorted(FOLDER.glob(f"*/{name}.png")):
             folder = picture.parent.name

@@ -23,6 +23,23 @@ def interval(values):
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
+def ratio_interval(values, others):
+    """95% interval (low, high) of mean(values) / mean(others) over paired seeds: Fieller 1954, or None.
+
+    It holds every ratio r for which the t interval of values - r * others has 0 in it; None where that has no bounds,
+    for the other mean may be 0. values, others: [S].
+    """
+    a, b = np.asarray(values, float), np.asarray(others, float)
+    if len(a) < 2:
+        return None
+    factor = stats.t.ppf(1 - LEVEL / 2, len(a) - 1) ** 2 / len(a)
+    (aa, ab), (_, bb) = np.outer((a.mean(), b.mean()), (a.mean(), b.mean())) - factor * np.cov(a, b)
+    inside = ab**2 - aa * bb
+    if bb <= 0 or inside < 0:
+        return None
+    return tuple(sorted(float((ab + sign * math.sqrt(inside)) / bb) for sign in (-1, 1)))
+
+
 def exact_interval(count, among):
     """95% interval (low, high) of a share, of `count` in `among` independent runs: Clopper and Pearson 1934."""
     return tuple(map(float, stats.binomtest(count, among).proportion_ci(1 - LEVEL, "exact")))

@@ -210,6 +210,28 @@ def test_paragraphs_are_filled_and_code_and_tables_stay():
     assert "\n- first of two\n- second" in filled and max(map(len, filled.splitlines())) <= pages.WIDTH
 
 
+def test_a_line_of_the_figure_of_question_1_is_the_same_arm_in_every_panel():
+    def row(arm, difference):
+        return {"arm": arm, "difference": difference, "interval": (difference - 0.01, difference + 0.01)}
+    sets = {"one": [row("a", 0.02), row("c", -0.03)], "two": [row("b", 0.01), row("c", 0.04)]}
+    figure = figures.side_by_side(sets, "points")
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    shown = [{names[int(line.get_ydata()[0])]: float(line.get_xdata()[0]) for line in axes.lines
+              if line.get_marker() == "o"} for axes in figure.axes]
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
+    assert shown == [{"a": 2, "c": -3}, {"b": 1, "c": 4}]
+
+
+def test_the_figure_of_question_1_shows_what_the_tables_say():
+    [cells] = [rows for title, rows in pages.in_sets(pages.Results()).items() if title == "solar cells"]
+    named = {row["arm"]: row["against"] for row in pages.table("arms-elpv/augmentation")}
+    for row in (row for row in cells if row["arm"].endswith("− none")):
+        arm = row["arm"].removesuffix(" − none")
+        said = pages.text("arms-elpv/augmentation", "difference", arm=arm)
+        assert figures.points(row["difference"], sign=True) == said and named[arm] == "none"
+    assert len(cells) >= 16
+
+
 def bare(template):
     """What of a template is typed by hand, without code, links, and the counts and settings that it declares."""
     text = template.read_text(encoding="utf-8")

@@ -322,8 +322,8 @@ def test_two_seeds_are_compared_in_pairs_that_share_none(monkeypatch):
     seen = []
     monkeypatch.setattr(explain, "likeness", lambda a, method, b, *rest: seen.append((a.folder, b.folder)))
     runs = {seed: SimpleNamespace(folder=seed, split={"test": ["1", "2"]}) for seed in range(5)}
-    two_seeds, gaussian = explain.references(runs, {}, "gradcam", None)
-    assert seen == [(0, 1), (2, 3)] and len(two_seeds) == 2 and gaussian == []
+    two_seeds, gaussian, whole = explain.references(runs, {}, "gradcam", None)
+    assert seen == [(0, 1), (2, 3)] and len(two_seeds) == 2 and gaussian == whole == []
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def test_the_report_says_what_the_comparison_found(written):
     alike = rows_of(folder, "attention")
     assert [row["arm"] for row in alike][-1] == "a centred Gaussian"
     assert all(-1 <= float(row["mean"]) <= 1 for row in alike) and {row["measure"] for row in alike} == {
-        "correlation", "overlap"}
+        "correlation", "correlation, gradrollout", "overlap"}
+    assert {row["arm"] for row in alike} == {*(row["arm"] for row in alike if row["measure"] == "correlation")}
     each = [float(row["value"]) for row in rows_of(folder, "attention-runs")
             if (row["measure"], row["arm"]) == ("correlation", ARM)]
     assert len(each) == 2 and alike[1]["arm"] == ARM
@@ -217,10 +218,14 @@ def test_less_data_is_compared_with_the_baseline_on_all_of_it():
                   for name in ("gradcam++-train_fraction=0.5", "none-train_fraction=1.0"))
     low, high = stats.ttest_rel(half, none).confidence_interval()
     cells = [f"{100 * (np.mean(half) - np.mean(none)):+.2f}", f"{100 * low:.2f} to {100 * high:.2f}"]
-    assert rows["gradcam++", "50"][6:] == cells and rows["none", "100"][6] == "+0.00"
+    assert rows["gradcam++", "50"][6:8] == cells and rows["none", "100"][6] == "+0.00"
     assert text.startswith("Against none on 100% of the data: ")
     assert f"gradcam++ with 50%: {cells[0]} points ({cells[1]})" in text
     assert float(rows["gradcam++", "25"][3]) == pytest.approx(70, abs=1)
+    for share, saves in (("25", 50), ("50", 75)):  # one and two doublings of the data, of 10 points each
+        low, high = map(float, rows["gradcam++", share][9].split(" to "))
+        assert float(rows["gradcam++", share][8]) == pytest.approx(saves, abs=2) and low < saves < high
+    assert rows["none", "50"][8:] == ["–", "–"]
 
 
 def test_verdicts_of_many_arms_are_counted():

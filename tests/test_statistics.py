@@ -97,6 +97,20 @@ def test_runs_that_split_one_small_pool_again_are_not_fresh_images():
     assert outside > 0.1 * 300
 
 
+def test_the_interval_of_a_ratio_covers_it_and_has_no_bounds_where_the_divisor_may_be_zero():
+    draw, inside = np.random.default_rng(0), 0
+    for _ in range(2000):
+        shared = draw.normal(0, 0.02, 8)  # what a seed finds easy
+        low, high = statistics.ratio_interval(0.01 + shared + draw.normal(0, 0.01, 8),
+                                              0.05 + shared + draw.normal(0, 0.005, 8))
+        inside += low <= 0.2 <= high
+    assert 0.93 < inside / 2000 < 0.97
+    assert statistics.ratio_interval([0.1, 0.2, 0.3], [-0.1, 0.1, 0.2]) is None
+    assert statistics.ratio_interval([0.1], [0.2]) is None
+    values, ones = [0.1, 0.4, 0.25, 0.3], [1.0] * 4
+    assert statistics.ratio_interval(values, ones) == pytest.approx(statistics.interval(values))
+
+
 def test_an_exact_interval_is_the_binomial_tests():
     """A share lies outside where the binomial test against it has p below 2.5% on its side."""
     for count, among in ((8, 10), (0, 10), (8, 8), (3, 7)):
