@@ -106,7 +106,23 @@ def attention(study):
               f"Intervals by t over seeds; Holm over all measures and arms ({family}). Last, what to compare with; "
               "each seed is in one pair of seeds.",
               ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm"], table, 1),
-        figures.per_seed("attention-runs", values)])
+        figures.per_seed("attention-runs", values), *erased_copies(study, others, vit)])
+
+
+def erased_copies(study, others, vit):
+    """[Tables of what arm `vit` sees in images that mislead the arms `others`, once they are erased], or none."""
+    values = {}
+    for arm in others:
+        for a, b in arms.pairs(study.arms[arm], study.arms[vit]):
+            for place, right in explain.kept(a, b, study.device).items():
+                values.setdefault(place, {}).setdefault(arm, {})[a.seed] = float(right.mean())
+    table = [[arm, len(each[arm]), *(points(np.mean(list(by_arm[arm].values()))) for by_arm in values.values())]
+             for each in list(values.values())[:1] for arm in each]
+    caption = (f"Do erased copies keep their class? Of test images that mislead an arm, how many {vit} recognises, in "
+               "%: with nothing erased, and with the hottest tenth by Grad-CAM of the loss, as much at a random place, "
+               "and the coolest, in black.")
+    return [Table("kept", caption, ["arm", "seeds", *values], table),
+            figures.per_seed("kept-runs", values)] if table else []
 
 
 def convergence(study):
@@ -140,35 +156,9 @@ def convergence(study):
                    ["arm", "seed", "target %", "epoch", "images", "epochs in all"], reached, 0, False)]
     found = comparison.by_fraction(study.results)
     if len({fraction for values in found.values() for fraction in values}) > 1:
-        more, text = with_less_data(found, study.baseline.split("-train_fraction=")[0])
+        more, text = figures.with_less_data(found, study.baseline.split("-train_fraction=")[0])
         parts, answer = parts + more, f"{answer}. {text}"
     return Section("Does the network converge faster, and so need less data?", f"{answer}.", parts)
-
-
-def with_less_data(found, baseline):
-    """[Picture, Table] of accuracy by share of the training data, and sentences. found: `comparison.by_fraction`."""
-    most, table, texts = max(found[baseline]), [], []
-    for kind, shares in found.items():
-        saved = {share: (points(much, 0), ends(interval, 0)) for share, (much, interval) in
-                 (comparison.saved(shares, found[baseline]) if kind != baseline else {}).items()}
-        for share, seeds in shares.items():
-            row = comparison.compare_values({"all": found[baseline][most], kind: seeds}, "all")[1]
-            own = list(seeds.values())
-            table.append([kind, f"{100 * share:g}", len(own), points(np.mean(own)), points(comparison.spread(own)),
-                          ends(statistics.interval(own)), points(row.get("difference"), sign=True),
-                          ends(row.get("interval")), *saved.get(share, "––")])
-    for kind in (kind for kind in found if kind != baseline):
-        less = [row for row in table if row[0] == kind and float(row[1]) < 100 * most]
-        texts += [f"{kind} with {less[-1][1]}%: {less[-1][6]} points ({less[-1][7]})"] * bool(less)
-    caption = "Test accuracy by share of the training data: mean over seeds and its 95% interval (t)"
-    words = "; ".join(f"{row[0]} with {row[1]}%: {row[3]}" for row in table)
-    header = ["kind", "share %", "seeds", "accuracy %", "sd", "95% interval", "difference", "its 95% interval",
-              "saves %", "saves, 95% interval"]
-    return [Picture("data-efficiency", f"{caption}.", figures.data_efficiency(found), words),
-            Table("data-efficiency", f"{caption}; the difference, by seed, to {baseline} with {100 * most:g}% of it; "
-                  "and what of its data the arm saves, by what the baseline gains there from twice as much (Fieller's "
-                  "interval; below 0: so much more is needed).", header, table, None)
-            ], f"Against {baseline} on {100 * most:g}% of the data: {'; '.join(texts)}"
 
 
 def explainability(study):

@@ -187,6 +187,14 @@ def heat_of(model, images, method, layer, classes=None):
     return heat, logits.detach()
 
 
+def scored_heat(model, images, method, layer, score, labels):
+    """As `heat_of`, of a score, a key of `cam.EXPLAIN`. labels: int64 [N]."""
+    with cam.CAM(model, method, None if method in cam.ATTENTION else layer) as explain:
+        logits = model(images)
+        heat = cam.upsample(explain(logits, None, *cam.EXPLAIN[score](logits, labels)), images.shape[-2:])
+    return heat, logits.detach()
+
+
 def other_method(trained):
     """A CAM method that none of `trained` is: a network may learn its own method instead of where to attend."""
     methods = ("layercam", "gradcam", "hirescam", "gradcam++", "eigencam", "xgradcam")
@@ -226,10 +234,8 @@ def where(model, images, labels, mask, methods, layer, misled=None):
     """
     found = {}
     for method in methods:
-        for name, scores in cam.EXPLAIN.items():
-            with cam.CAM(model, method, None if method in cam.ATTENTION else layer) as explain:
-                logits = model(images)
-                heat = cam.upsample(explain(logits, None, *scores(logits, labels)), images.shape[-2:])
+        for name in cam.EXPLAIN:
+            heat, logits = scored_heat(model, images, method, layer, name, labels)
             values = found[method, name] = {}
             if mask is not None:
                 erased = (proxy.pixel_mask(heat, FEW) & mask).float().sum((1, 2))

@@ -192,6 +192,32 @@ def data_efficiency(found):
     return axes.figure
 
 
+def with_less_data(found, baseline):
+    """[Picture, Table] of accuracy by share of the training data, and sentences. found: `comparison.by_fraction`."""
+    most, table, texts = max(found[baseline]), [], []
+    for kind, shares in found.items():
+        saved = {share: (points(much, 0), ends(interval, 0)) for share, (much, interval) in
+                 (comparison.saved(shares, found[baseline]) if kind != baseline else {}).items()}
+        for share, seeds in shares.items():
+            row = comparison.compare_values({"all": found[baseline][most], kind: seeds}, "all")[1]
+            own = list(seeds.values())
+            table.append([kind, f"{100 * share:g}", len(own), points(np.mean(own)), points(comparison.spread(own)),
+                          ends(statistics.interval(own)), points(row.get("difference"), sign=True),
+                          ends(row.get("interval")), *saved.get(share, "––")])
+    for kind in (kind for kind in found if kind != baseline):
+        less = [row for row in table if row[0] == kind and float(row[1]) < 100 * most]
+        texts += [f"{kind} with {less[-1][1]}%: {less[-1][6]} points ({less[-1][7]})"] * bool(less)
+    caption = "Test accuracy by share of the training data: mean over seeds and its 95% interval (t)"
+    words = "; ".join(f"{row[0]} with {row[1]}%: {row[3]}" for row in table)
+    header = ["kind", "share %", "seeds", "accuracy %", "sd", "95% interval", "difference", "its 95% interval",
+              "saves %", "saves, 95% interval"]
+    return [Picture("data-efficiency", f"{caption}.", data_efficiency(found), words),
+            Table("data-efficiency", f"{caption}; the difference, by seed, to {baseline} with {100 * most:g}% of it; "
+                  "and what of its data the arm saves, by what the baseline gains there from twice as much (Fieller's "
+                  "interval; below 0: so much more is needed).", header, table, None)
+            ], f"Against {baseline} on {100 * most:g}% of the data: {'; '.join(texts)}"
+
+
 def risks(pooled):
     """The figure of risk-coverage curves, all seeds together: {arm: [(confidence [N], correct bool [N]) of a seed]}."""
     axes = Figure((7, 4), layout="constrained").add_subplot(

@@ -326,6 +326,42 @@ def test_two_seeds_are_compared_in_pairs_that_share_none(monkeypatch):
     assert seen == [(0, 1), (2, 3)] and len(two_seeds) == 2 and gaussian == whole == []
 
 
+def test_an_erased_copy_is_judged_by_another_network_on_the_images_that_misled(monkeypatch):
+    """The judge sees the class in a corner, where the heat is: it loses it there, and only there. Images of two sizes."""
+    class Judge(torch.nn.Module):
+        def forward(self, images):
+            lit = images[:, 0, :8, :8].mean((1, 2))
+            return torch.stack([lit.new_full((len(lit),), 0.5), lit], 1)
+
+    class Seen:
+        run = SimpleNamespace(config={"cam": "gradcam", "layer": None})
+        normalisation = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+
+        def __init__(self, path, ids, device):
+            self.ids, self.size, self.model, self.at_once = ids, {"a": 16, "b": 32}[path], Judge(), {"a": 3, "b": 2}[path]
+
+        def __iter__(self):
+            for start in range(0, len(self.ids), self.at_once):
+                count = len(self.ids[start:start + self.at_once])
+                yield torch.ones(count, 3, self.size, self.size), torch.ones(count, dtype=torch.long), None, None
+
+    def corner(model, images, *rest):
+        heat = torch.zeros(len(images), 16, 16)
+        heat[:, :4, :4] = 1
+        return heat, None
+    monkeypatch.setattr(explain, "Images", Seen)
+    monkeypatch.setattr(explain.folder, "open_run", lambda path: path)
+    monkeypatch.setattr(faithfulness, "scored_heat", corner)
+    right = np.array([True, False, False, False, False, False])
+    a, b = (SimpleNamespace(folder=name, seed=0, split={"test": list("uvwxyz")}, correct=lambda part: right)
+            for name in "ab")
+    found = explain.kept(a, b, torch.device("cpu"))
+    assert {place: each.tolist() for place, each in found.items() if place != "random"} == {
+        "nothing": [True] * 5, "hottest": [False] * 5, "coolest": [True] * 5}
+    right[:] = True
+    assert explain.kept(a, b, torch.device("cpu")) == {}
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 

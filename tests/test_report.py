@@ -211,7 +211,7 @@ def test_less_data_is_compared_with_the_baseline_on_all_of_it():
             arms[f"cutmix-train_fraction={share}"] = made["none"]  # without Proxy Attention, but no baseline
     study = comparison.Study(study_arms.groups(arms))
     assert len(study.groups) == 3 and study.against["gradcam++-train_fraction=0.5"] == "none-train_fraction=0.5"
-    (_, table), text = report.with_less_data(comparison.by_fraction(study.results), "none")
+    (_, table), text = figures.with_less_data(comparison.by_fraction(study.results), "none")
     rows = {(row[0], row[1]): row for row in table.rows}
     assert [row[2] for row in table.rows] == [6] * 9
     half, none = ([run.correct("test").mean() for run in arms[name].values()]
