@@ -25,7 +25,7 @@ from study.figures import Table, ends, number, points
 FOLDER = settings.HERE / "results"
 IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80, 121), "elpv": (262, 656),
           "sign-digits": (206, 633), "pacs-photo": (167, 333), "bar": (195, 654), "pacs": (240, 960),
-          "asl-rooms": (725, 870)}  # val, test
+          "asl-rooms": (725, 870), "asl": (2030, 4060)}  # val, test
 # The figure of question 1: the sets, as {title: (folder, the name of an arm there)}, and what is compared with what.
 SETS = {"sign language": ("arms-asl", "{}"), "hand signs": ("arms-sign", "{}"),
         "hand signs, ViT": ("arms-sign", "vit, {}"), "solar cells": ("arms-elpv", "{}"),
