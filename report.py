@@ -10,6 +10,7 @@ text. Each question is a function in QUESTIONS, which gives a `Section`, or None
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -73,10 +74,10 @@ def attention(study):
                        "as in python train.py --experiment vit-attention.")
     vit, base = (arms.pick_baseline({arm: study.arms[arm] for arm in each}) for each in (transformers, others))
     values, method = {}, study.method
-    for arm in others:
-        for a, b in arms.pairs(study.arms[arm], study.arms[vit]):
-            for key, found in explain.likeness(a, method, b, cam.ATTENTION, study.device).items():
-                values.setdefault(key, {}).setdefault(arm, {})[a.seed] = float(found.mean())
+    paired = [(arm, *pair) for arm in others for pair in arms.pairs(study.arms[arm], study.arms[vit])]
+    for arm, a, b in sorted(paired, key=lambda pair: pair[2].seed):  # so that the ViT is asked once a seed
+        for key, found in explain.likeness(a, method, b, cam.ATTENTION, study.device).items():
+            values.setdefault(key, {}).setdefault(arm, {})[a.seed] = float(found.mean())
     if base not in values.get("correlation", ()):
         return Section(title, f"{base} and {vit} have no seed in common.")
     compared = {measure: comparison.compare_values(each, base) for measure, each in values.items()}
@@ -106,23 +107,26 @@ def attention(study):
               f"Intervals by t over seeds; Holm over all measures and arms ({family}). Last, what to compare with; "
               "each seed is in one pair of seeds.",
               ["measure", "arm", "mean", "sd", "difference, 95% interval", "p", "p, Holm"], table, 1),
-        figures.per_seed("attention-runs", values), *erased_copies(study, others, vit)])
+        figures.per_seed("attention-runs", values), *erased_copies(study, others, transformers)])
 
 
-def erased_copies(study, others, vit):
-    """[Tables of what arm `vit` sees in images that mislead the arms `others`, once they are erased], or none."""
-    values = {}
-    for arm in others:
-        for a, b in arms.pairs(study.arms[arm], study.arms[vit]):
+def erased_copies(study, others, judges):
+    """[Tables of what the arms `judges` see in images that mislead the arms `others`, once erased], or none."""
+    found = {}
+    for judge, arm in itertools.product(judges, others):
+        for a, b in arms.pairs(study.arms[arm], study.arms[judge]):
             for place, right in explain.kept(a, b, study.device).items():
-                values.setdefault(place, {}).setdefault(arm, {})[a.seed] = float(right.mean())
-    table = [[arm, len(each[arm]), *(points(np.mean(list(by_arm[arm].values()))) for by_arm in values.values())]
-             for each in list(values.values())[:1] for arm in each]
-    caption = (f"Do erased copies keep their class? Of test images that mislead an arm, how many {vit} recognises, in "
-               "%: with nothing erased, and with the hottest tenth by Grad-CAM of the loss, as much at a random place, "
-               "and the coolest, in black.")
-    return [Table("kept", caption, ["arm", "seeds", *values], table),
-            figures.per_seed("kept-runs", values)] if table else []
+                found.setdefault((judge, arm), {}).setdefault(a.seed, {})[place] = float(right.mean())
+    places = ["nothing", *explain.PLACES]
+    table = [[*key, len(seeds), *(points(np.mean([each[place] for each in seeds.values()])) for place in places)]
+             for key, seeds in found.items()]
+    rows = [[*key, seed, *map(points, each.values())] for key, seeds in found.items()
+            for seed, each in seeds.items()]
+    caption = ("Do erased copies keep their class? Of test images that mislead an arm, how many a ViT recognises, "
+               "in %: with nothing erased, the hottest tenth by Grad-CAM of the loss, as much at a random place, and "
+               "the coolest, in black.")
+    return [Table("kept", caption, ["judge", "arm", "seeds", *places], table),
+            Table("kept-runs", caption, ["judge", "arm", "seed", *places], rows, shown=False)] if table else []
 
 
 def convergence(study):
@@ -155,8 +159,8 @@ def convergence(study):
              Table("convergence-runs", "When each run first reached each target; empty where it never did.",
                    ["arm", "seed", "target %", "epoch", "images", "epochs in all"], reached, 0, False)]
     found = comparison.by_fraction(study.results)
-    if len({fraction for values in found.values() for fraction in values}) > 1:
-        more, text = figures.with_less_data(found, study.baseline.split("-train_fraction=")[0])
+    if (kind := study.baseline.split("-train_fraction=")[0]) in found:
+        more, text = figures.with_less_data(found, kind)
         parts, answer = parts + more, f"{answer}. {text}"
     return Section("Does the network converge faster, and so need less data?", f"{answer}.", parts)
 

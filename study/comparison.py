@@ -169,13 +169,13 @@ def epoch_of(log, target):
 
 def by_fraction(results):
     """{kind: {share of the training data: {seed: test accuracy}}} of (arm, Result) pairs; a kind is an arm at every
-    share.
+    share, of which it has two or more.
     """
     found = {}
     for arm, run in results:
         kind = found.setdefault(arm.split("-train_fraction=")[0], {})
         kind.setdefault(run.config["train_fraction"], {})[run.seed] = run.correct("test").mean()
-    return {kind: dict(sorted(values.items())) for kind, values in found.items()}
+    return {kind: dict(sorted(values.items())) for kind, values in found.items() if len(values) > 1}
 
 
 def saved(kind, baseline):

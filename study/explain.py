@@ -10,6 +10,7 @@ Into explanations.json and .npz, follows.json and where.json; `faithfulness.py` 
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -75,8 +76,9 @@ def own_layer(config):
     return None if config["cam"] in cam.ATTENTION else config["layer"]
 
 
+@functools.lru_cache(maxsize=4)  # those of one pair of runs
 def heats(path, ids, method, device):
-    """Heat [N, H, W] of what a run's network predicts for the images `ids`, on the CPU.
+    """Heat [N, H, W] of what a run's network predicts for the images `ids`, a tuple, on the CPU.
 
     method: of `cam.METHODS`; or OBJECT, 1 where the object is and 0 elsewhere, None where that is not known.
     """
@@ -105,7 +107,7 @@ def likeness(a, method_a, b, methods_b, device, ids=None):
 
     a, b: `arms.Result`. ids: the images; by default EXPLAINED of a's test images.
     """
-    ids, found = ids or drawn(a, "test", "explained", EXPLAINED), {}
+    ids, found = tuple(ids or drawn(a, "test", "explained", EXPLAINED)), {}
     one = heats(a.folder, ids, method_a, device)
     for place, method in enumerate(methods_b if one is not None else ()):
         two = at_size(heats(b.folder, ids, method, device), one.shape[1:])
@@ -155,7 +157,7 @@ def examples(results, method, vit, device):
     label_of, chosen = dict(zip(first.split["test"], first.found["test_labels"])), {}
     for image_id in drawn(first, "test", "explained", EXPLAINED):
         chosen.setdefault(int(label_of[image_id]), image_id)
-    ids = [chosen[label] for label in sorted(chosen)][:EXAMPLES]
+    ids = tuple(chosen[label] for label in sorted(chosen))[:EXAMPLES]
     opened = Images(folder.open_run(first.folder), ids, device)
     photographs = torch.cat([pixels.permute(0, 2, 3, 1).cpu() for _, _, pixels, _ in opened]).numpy() / 255
     found = {arm: heats(result.folder, ids, "rollout" if arm == vit else method, device)
@@ -173,8 +175,8 @@ def references(cnn, vit, method, device):
         theirs = set(b.split["test"])
         if both := [image_id for image_id in a.split["test"] if image_id in theirs][:EXPLAINED]:
             two_seeds.append(likeness(a, method, b, [method], device, both))
-    return [two_seeds, *([found for run in vit.values() if (found := likeness(run, what, run, cam.ATTENTION, device))]
-                         for what in ("center", OBJECT))]
+    others = [[likeness(run, what, run, cam.ATTENTION, device) for what in ("center", OBJECT)] for run in vit.values()]
+    return [two_seeds, *([found for found in each if found] for each in zip(*others))]
 
 
 def write_explanations(path, method=None, device=torch.device("cpu")):

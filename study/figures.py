@@ -205,8 +205,8 @@ def with_less_data(found, baseline):
                           ends(statistics.interval(own)), points(row.get("difference"), sign=True),
                           ends(row.get("interval")), *saved.get(share, "––")])
     for kind in (kind for kind in found if kind != baseline):
-        less = [row for row in table if row[0] == kind and float(row[1]) < 100 * most]
-        texts += [f"{kind} with {less[-1][1]}%: {less[-1][6]} points ({less[-1][7]})"] * bool(less)
+        less = [row for row in table if row[0] == kind and float(row[1]) < 100 * most][-1:]
+        texts += [f"{kind} with {row[1]}%: {row[6]} points ({row[7]})" for row in less]
     caption = "Test accuracy by share of the training data: mean over seeds and its 95% interval (t)"
     words = "; ".join(f"{row[0]} with {row[1]}%: {row[3]}" for row in table)
     header = ["kind", "share %", "seeds", "accuracy %", "sd", "95% interval", "difference", "its 95% interval",

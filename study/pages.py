@@ -242,16 +242,10 @@ def main(_):
         figures.write_text(path, text)
     label = "test accuracy, points: difference and its interval over seeds"
     figures.write_figure(FOLDER / "augmentation.png", figures.side_by_side(in_sets(Results()), label), "png")
-    for name in ("augmentation", "shortcut"):
-        for picture in sorted(FOLDER.glob(f"*/{name}.png")):
-            folder = picture.parent.name
-            if name == "shortcut":
-                rows = [row for row in compared(folder) if "clean" not in row["arm"]]
-            else:  # staged runs that ended early had fewer images: not to be compared
-                rows = [row for row in compared(folder) if mean(folder, row["arm"], "images") >= mean(
-                    folder, row["against"], "images")]
-            label = "test accuracy, points against the same without it"
-            figures.write_figure(picture, figures.dots(name, rows, label)[0].figure, "png")
+    for picture in sorted(FOLDER.glob("*/shortcut.png")):
+        rows = [row for row in compared(picture.parent.name) if "clean" not in row["arm"]]
+        label = "test accuracy, points against the same without it"
+        figures.write_figure(picture, figures.dots("shortcut", rows, label)[0].figure, "png")
 
 
 if __name__ == "__main__":

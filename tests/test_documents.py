@@ -308,22 +308,27 @@ def test_times_to_a_target_follow_from_the_table_of_runs(path):
                 assert [float(end) for end in ends.rstrip(")").split(" to ")] == pytest.approx([low, high], abs=0.051)
 
 
+COMPARED = {"vit-attention": (10, {"gradcam++": "none", "vit, gradcam++": "vit"}, {"attention": 2, "explanations": 16}),
+            "arms-sign": (8, {"gradcam": "none", "random place": "none", "vit, gradcam": "vit"},
+                          {"attention": 6, "explanations": 24})}  # seeds, {arm: against}, and how many comparisons
+
+
+@pytest.mark.parametrize("folder", COMPARED)
 @pytest.mark.parametrize("name", ["attention", "explanations"])
-def test_differences_of_questions_2_and_4_follow_from_the_table_of_runs(name):
+def test_differences_of_questions_2_and_4_follow_from_the_table_of_runs(name, folder):
     """Mean, difference and interval of each arm against the one of its kind without Proxy Attention."""
-    folder = HERE / "results" / "vit-attention"
-    runs, rows = ([*csv.DictReader((folder / f"{file}.csv").read_text(encoding="utf-8").splitlines())]
+    seeds, against, count = COMPARED[folder]
+    runs, rows = ([*csv.DictReader((HERE / "results" / folder / f"{file}.csv").read_text("utf-8").splitlines())]
                   for file in (f"{name}-runs", name))
     values = {}
     for run in runs:
         measure = figures.MEASURES.get(run["measure"], run["measure"])
         values.setdefault((measure, run["arm"]), []).append(float(run["value"]))
     compared = [row for row in rows if row["p"] != "–"]
-    assert len(rows) == len(values) and len(compared) == {"attention": 2, "explanations": 16}[name]
+    assert len(rows) == len(values) and len(compared) == count[name]
     for row in compared:
-        mine = values[row["measure"], row["arm"]]
-        base = values[row["measure"], {"gradcam++": "none", "vit, gradcam++": "vit"}[row["arm"]]]
+        mine, base = values[row["measure"], row["arm"]], values[row["measure"], against[row["arm"]]]
         low, high = stats.ttest_rel(mine, base).confidence_interval()
         found = [float(each) for each in re.findall(r"[+-]?\d+\.\d+", row["difference, 95% interval"])]
-        assert found == pytest.approx([sum(mine) / 10 - sum(base) / 10, low, high], abs=6e-4)
-        assert float(row["mean"]) == pytest.approx(sum(mine) / 10, abs=6e-4) and len(mine) == len(base) == 10
+        assert found == pytest.approx([np.mean(mine) - np.mean(base), low, high], abs=6e-4)
+        assert float(row["mean"]) == pytest.approx(np.mean(mine), abs=6e-4) and len(mine) == len(base) == seeds

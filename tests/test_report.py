@@ -228,6 +228,16 @@ def test_less_data_is_compared_with_the_baseline_on_all_of_it():
     assert rows["none", "50"][8:] == ["–", "–"]
 
 
+def test_arms_on_other_shares_that_no_arm_has_twice_say_nothing_of_less_data():
+    config = dict.fromkeys(study_arms.TASK) | {"cam": "none"}
+    made = simulated({"none": (3, 0.7), "more": (3, 0.8)}, images=100, config=config | {"train_fraction": 0.1})
+    made["more"] = {s: run._replace(config=run.config | {"train_fraction": 0.5}) for s, run in made["more"].items()}
+    for run in (run for runs in made.values() for run in runs.values()):
+        run.log[:] = [{"val_accuracy": 0.6, "images_seen": 10}]
+    section = report.convergence(comparison.Study(study_arms.groups(made)))
+    assert {part.name for part in section.parts} == {"convergence", "convergence-runs"}
+
+
 def test_verdicts_of_many_arms_are_counted():
     made = simulated({"none": (8, 0.7), "much": (8, 0.9), "less": (8, 0.5), "a": (8, 0.7), "b": (2, 0.7)}, images=1000)
     text = report.verdicts(comparison.one_family(comparison.compare(made, "none"))[1:])
