@@ -231,7 +231,7 @@ def risks(pooled):
 
 def photographs(name, images, heats, caption):
     """The Picture of images [N, H, W, 3] in [0, 1] in a line, and below it one for the heat [N, H, W] of each arm."""
-    figure, grid = pictures.panels(1.1 * len(images), 1.25 * (1 + len(heats)), 1 + len(heats), len(images))
+    figure, grid = pictures.panels(max(4, 1.1 * len(images)), 1.25 * (1 + len(heats)), 1 + len(heats), len(images))
     lines = {"photographs": images} | {arm: pictures.overlay(images, heat) for arm, heat in heats.items()}
     for axes, (title, shown) in zip(grid, lines.items()):
         axes[0].set_title(title, fontsize=8, loc="left", parse_math=False)
