@@ -117,7 +117,6 @@ def likeness(a, method_a, b, methods_b, device, ids=None):
     return found
 
 
-@torch.no_grad()
 def kept(a, b, device, area=0.1):
     """Whether images that mislead run a keep their class erased: {"nothing" and PLACES: bool [N]}, what run b sees.
 
@@ -125,20 +124,22 @@ def kept(a, b, device, area=0.1):
     of the loss, in black. b: the run that judges, by another network. Empty where no image misled a. a, b: `Result`.
     """
     ids = [image_id for image_id, right in zip(a.split["test"], a.correct("test")) if not right]
+    if not ids:
+        return {}
     first, judge = Images(folder.open_run(a.folder), ids, device), Images(folder.open_run(b.folder), ids, device)
-    with torch.enable_grad():
-        heat = [faithfulness.scored_heat(first.model, images, "gradcam", own_layer(first.run.config), "loss", labels)[0]
-                for images, labels, *_ in first] if ids else []
-    found, done = {}, 0
-    for number, (images, labels, *_) in enumerate(judge if ids else ()):
-        hot = at_size(torch.cat(heat)[done:done + len(images)], images.shape[-2:])
+    layer, found, done = own_layer(first.run.config), {}, 0
+    heat = torch.cat([faithfulness.heat_of(first.model, images, "gradcam", layer, labels, "loss")[0]
+                      for images, labels, *_ in first])
+    for number, (images, labels, *_) in enumerate(judge):
+        hot = at_size(heat[done:done + len(images)], images.shape[-2:])
         done += len(images)
         erased = {"nothing": images}
         for place, control in PLACES.items():
             mask = proxy.pixel_mask(hot, area, control, (a.seed, number))[:, None]
             erased[place] = torch.where(mask, -judge.normalisation[0] / judge.normalisation[1], images)
         for place, seen in erased.items():
-            found.setdefault(place, []).append((judge.model(seen).argmax(1) == labels).cpu().numpy())
+            with torch.no_grad():
+                found.setdefault(place, []).append((judge.model(seen).argmax(1) == labels).cpu().numpy())
     return {place: np.concatenate(each) for place, each in found.items()}
 
 

@@ -179,19 +179,16 @@ def randomised(model, generator):
     return other
 
 
-def heat_of(model, images, method, layer, classes=None):
-    """Heat [N, H, W] at the images' size, of the predicted class or of `classes`, and the logits [N, C]."""
+def heat_of(model, images, method, layer, classes=None, score=None):
+    """Heat [N, H, W] at the images' size, of the predicted class or of `classes`, and the logits [N, C].
+
+    score: a key of `cam.EXPLAIN` to explain instead; classes are then the labels, int64 [N].
+    """
     with cam.CAM(model, method, None if method in cam.ATTENTION else layer) as explain:
         logits = model(images)
-        heat = cam.upsample(explain(logits, classes=classes), images.shape[-2:])
-    return heat, logits.detach()
-
-
-def scored_heat(model, images, method, layer, score, labels):
-    """As `heat_of`, of a score, a key of `cam.EXPLAIN`. labels: int64 [N]."""
-    with cam.CAM(model, method, None if method in cam.ATTENTION else layer) as explain:
-        logits = model(images)
-        heat = cam.upsample(explain(logits, None, *cam.EXPLAIN[score](logits, labels)), images.shape[-2:])
+        grids = (explain(logits, classes=classes) if score is None
+                 else explain(logits, None, *cam.EXPLAIN[score](logits, classes)))
+        heat = cam.upsample(grids, images.shape[-2:])
     return heat, logits.detach()
 
 
@@ -235,7 +232,7 @@ def where(model, images, labels, mask, methods, layer, misled=None):
     found = {}
     for method in methods:
         for name in cam.EXPLAIN:
-            heat, logits = scored_heat(model, images, method, layer, name, labels)
+            heat, logits = heat_of(model, images, method, layer, labels, name)
             values = found[method, name] = {}
             if mask is not None:
                 erased = (proxy.pixel_mask(heat, FEW) & mask).float().sum((1, 2))

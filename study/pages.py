@@ -1,6 +1,6 @@
 """The pages of results/, and what the README says of them, made from the tables beside them: none is typed by hand.
 
-    python -m study.pages       # write results/*.md, README.md's answers, each augmentation.csv and its picture again
+    python -m study.pages       # write results/*.md, README.md's answers, augmentation.csv and pictures again
 
 results/pages/NAME.md is a page as a jinja2 template, in which expressions stand for figures; what they may call is in
 `Results`. What a page compares goes into results/comparisons.csv, with the family over which Holm corrected it. All

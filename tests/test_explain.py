@@ -352,7 +352,7 @@ def test_an_erased_copy_is_judged_by_another_network_on_the_images_that_misled(m
         return heat, None
     monkeypatch.setattr(explain, "Images", Seen)
     monkeypatch.setattr(explain.folder, "open_run", lambda path: path)
-    monkeypatch.setattr(faithfulness, "scored_heat", corner)
+    monkeypatch.setattr(faithfulness, "heat_of", corner)
     right = np.array([True, False, False, False, False, False])
     a, b = (SimpleNamespace(folder=name, seed=0, split={"test": list("uvwxyz")}, correct=lambda part: right)
             for name in "ab")
