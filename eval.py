@@ -38,6 +38,7 @@ from engine.options import Parser, program
 
 
 FEW = 20  # classes whose figures `describe` lists
+EARLY = 0.25  # of the epochs: where most images are misled in more of them, `describe` advises to erase later
 
 
 def figures(opened, found):
@@ -107,8 +108,15 @@ def describe(folder, result, checkpoint="last"):
         lines += ["", "second_pass_images went through the network once more, for the heat that decides what is erased"]
     if result["skipped_images"]:
         lines += ["", f"--skip-bad: {result['skipped_images']} images were left out, see {folder}/bad-images.txt"]
-    if open_run(folder).config["mode"] == "resplit":
+    opened = open_run(folder)
+    if opened.config["mode"] == "resplit":
         lines += ["", f"WARNING, --mode resplit: {metrics.LEAK}"]
+    early = [line["epoch"] for line in opened.log if line["erased_images"] and line["misled"] > 0.5]
+    chosen = opened.config["mode"] == "online" and opened.config["select"] == "misled"
+    if chosen and len(early) > EARLY * len(opened.log) and len(opened.log) > 1:
+        lines += ["", f"in {len(early)} epochs over half of the images were misled and copies of them, erased, trained on: "
+                      "on photographs that cost accuracy (results/summary.md); --schedule "
+                      f"after:{min(early[-1], len(opened.log) - 1)} begins later"]
     return "\n".join(lines)
 
 

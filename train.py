@@ -141,7 +141,7 @@ def main(arguments=None):
             raise
         return 2
     except (KeyboardInterrupt, ranks.Stopped) as stopped:
-        go_on = f"; go on with {ranks.LAUNCHER} train.py --resume {ready.folder}" if ready else \
+        go_on = f"; go on with {ranks.LAUNCHER} train.py --resume {files.quoted(ready.folder)}" if ready else \
             "; the same command goes on" if other.get("experiment") else ""
         if ranks.RANK == 0:
             print(f"\ntrain.py: interrupted{go_on}", file=sys.stderr)
@@ -150,13 +150,13 @@ def main(arguments=None):
         stop.end()
         ranks.end()
     print(f"\n{evaluation.describe(ready.folder, result)}\n\nLook at {ready.folder}/sheet.png and curves.png; "
-          f"print this again with python eval.py {ready.folder}")
+          f"print this again with python eval.py {files.quoted(ready.folder)}")
     return 0
 
 
 def show_error(error, ready):
     """A UserError as one line, with how to go on where a run has begun."""
-    command = f"{ranks.LAUNCHER} train.py --resume {ready.folder}" if ready else ""
+    command = f"{ranks.LAUNCHER} train.py --resume {files.quoted(ready.folder)}" if ready else ""
     go_on = f". Then go on with {command}" if ready and error.resumable else ""
     print(files.one_line(f"train.py: {error}{go_on}"), file=sys.stderr)
 

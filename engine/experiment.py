@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import runpy
-import shlex
 import signal
 import sys
 import threading
@@ -160,7 +159,7 @@ def share_of(every, text):
 
 def typed(program, name, out=None):
     """The command that a user types for an experiment; out: where its runs lie, if not where they lie by default."""
-    return f"python {program} --experiment {name}" + (f" --out {shlex.quote(str(out))}" if out else "")
+    return f"python {program} --experiment {name}" + (f" --out {files.quoted(out)}" if out else "")
 
 
 def command(cell, device=None, any_code=False):

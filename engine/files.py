@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import platform
+import shlex
+import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
@@ -178,6 +180,11 @@ def read_json(path, unique_keys=False):
         raise UserError(f"{path}: {error}") from None
 
 
+def quoted(path):
+    """A path as a shell takes it, for a command that is shown."""
+    return shlex.quote(str(path)) if os.name == "posix" else subprocess.list2cmdline([str(path)])
+
+
 def read_arrays(path):
     """{name: array} of an npz; UserError where it is missing or damaged."""
     try:
@@ -187,7 +194,7 @@ def read_arrays(path):
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise UserError(f"{path}: cannot be read ({error}); remove it, and it is made again by "
-                        f"python eval.py {Path(path).parent}") from None
+                        f"python eval.py {quoted(Path(path).parent)}") from None
 
 
 def read_lines(path):

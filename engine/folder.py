@@ -123,7 +123,8 @@ def open_finished(folder, option=""):
     """`open_run` of a run that has its result; option: what named it, for the UserError where it has none."""
     opened = open_run(folder)
     if not (opened.folder / "metrics.json").is_file():
-        raise UserError(f"{option}{opened.folder}: not finished; first run python train.py --resume {opened.folder}")
+        raise UserError(f"{option}{opened.folder}: not finished; first run python train.py --resume "
+                        f"{files.quoted(opened.folder)}")
     return opened
 
 
@@ -135,7 +136,7 @@ def read_predictions(folder):
     """The arrays of `predictions.npz`; UserError where it is missing or damaged."""
     path = Path(folder) / "predictions.npz"
     if not path.exists():
-        raise UserError(f"{path}: no such file; finish the run with python train.py --resume {folder}")
+        raise UserError(f"{path}: no such file; finish the run with python train.py --resume {files.quoted(folder)}")
     return files.read_arrays(path)
 
 
@@ -162,7 +163,7 @@ def make_folder(config):
                 if not asked and folder.is_dir():
                     continue
                 raise UserError(f"{folder} is there already: choose another --name or --out, or go on with it with "
-                                f"--resume {folder}") from None
+                                f"--resume {files.quoted(folder)}") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
         try:

@@ -112,6 +112,18 @@ def test_few_classes_have_a_line_each_and_many_are_where_the_text_says(trained):
     assert f"test.per_class in {run}/metrics.json, for 21 classes; the lowest f1 is that of class\\n0, 0.1000" in text
 
 
+@pytest.mark.slow
+def test_a_run_that_erased_while_most_images_misled_it_is_told_to_begin_later(trained):
+    run = trained("--train-fraction", "0.1", epochs=2)  # 126 digits, two epochs: it has hardly learnt them
+    assert "in 2 epochs over half" in (text := evaluation.describe(run, metrics_of(run)))
+    assert "--schedule after:1 begins later" in text
+    late = trained("--train-fraction", "0.1", "--schedule", "after:1", "--select", "all", epochs=2)
+    assert "begins later" not in evaluation.describe(late, metrics_of(late))
+    few = [line | {"misled": 0.4} for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in few))
+    assert "begins later" not in evaluation.describe(run, metrics_of(run))
+
+
 def test_several_runs_are_printed_one_after_the_other(trained, capsys):
     folders = [str(trained("--cam", cam, epochs=1)) for cam in ("none", "gradcam")]
     capsys.readouterr()

@@ -4,6 +4,8 @@ import errno
 import getpass
 import os
 import runpy
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,11 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(module, function, ar
     assert "cannot be written (" in text and "intact" in text and "\n" not in text
     assert (tmp_path / "last.pt").read_text() == (tmp_path / "a.json").read_text() == "old"
     assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_path_in_a_command_that_is_shown_can_be_pasted():
+    assert files.quoted(Path("runs/a")) == "runs/a"
+    assert shlex.split(f"python eval.py {files.quoted(Path('late gradcam-s0'))}")[2:] == ["late gradcam-s0"]
 
 
 def test_any_text_makes_a_file_name_of_its_own_that_stays_in_its_folder(tmp_path):
