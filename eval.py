@@ -114,9 +114,9 @@ def describe(folder, result, checkpoint="last"):
     early = [line["epoch"] for line in opened.log if line["erased_images"] and line["misled"] > 0.5]
     chosen = opened.config["mode"] == "online" and opened.config["select"] == "misled"
     if chosen and len(early) > EARLY * len(opened.log) and len(opened.log) > 1:
-        lines += ["", f"in {len(early)} epochs over half of the images were misled and copies of them, erased, trained on: "
-                      "on photographs that cost accuracy (results/summary.md); --schedule "
-                      f"after:{min(early[-1], len(opened.log) - 1)} begins later"]
+        lines += ["", f"in {len(early)} epochs over half of the images were misled, and copies of them, erased, "
+                      "trained on: on photographs that cost accuracy (results/summary.md); "
+                      f"--schedule after:{min(early[-1], len(opened.log) - 1)} begins later"]
     return "\n".join(lines)
 
 
