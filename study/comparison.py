@@ -179,12 +179,12 @@ def by_fraction(results):
 
 
 def saved(kind, baseline):
-    """{share: (estimate, interval or None)}: the part of its data that an arm saves the baseline, at most 1.
+    """{share: (estimate, interval), or None}: the part of its data that an arm saves the baseline, at most 1.
 
     On a share s the arm is as good as the baseline would be on s * 2^r: r is its gain on s, over seeds, divided by what
     the baseline gains there from a doubling (from the next smaller share to the next larger one), and 1 - 2^-r is
-    saved; below 0, that much more is needed. The interval is Fieller's (`statistics.ratio_interval`), None where the
-    baseline may gain nothing from more data. kind, baseline: as in `by_fraction`.
+    saved; below 0, that much more is needed. The interval is Fieller's (`statistics.ratio_interval`). None: the baseline
+    may gain nothing from more data, and then the ratio may be anything. kind, baseline: as in `by_fraction`.
     """
     found, shares = {}, list(baseline)
     for place, share in enumerate(shares):
@@ -193,9 +193,9 @@ def saved(kind, baseline):
         if seeds and low < high:
             gains = [kind[share][seed] - baseline[share][seed] for seed in seeds]
             doubling = [(baseline[high][seed] - baseline[low][seed]) / np.log2(high / low) for seed in seeds]
-            interval = statistics.ratio_interval(gains, doubling)
-            found[share] = (1 - 2 ** -(np.mean(gains) / np.mean(doubling)) if np.mean(doubling) > 0 else None,
-                            interval and tuple(1 - 2**-end for end in interval))
+            interval = statistics.ratio_interval(gains, doubling) if np.mean(doubling) > 0 else None
+            found[share] = interval and (1 - 2 ** -(np.mean(gains) / np.mean(doubling)),
+                                         tuple(1 - 2**-end for end in interval))
     return found
 
 

@@ -184,7 +184,7 @@ def data_efficiency(found):
         mean = 100 * np.array([np.mean(seeds) for seeds in each])
         low, high = 100 * np.array([statistics.interval(seeds) or (np.mean(seeds),) * 2 for seeds in each]).T
         [line] = axes.plot(x, mean, label=kind)
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(x, *np.clip((low, high), 0, 100), color=line.get_color(), alpha=0.15, linewidth=0)
     shares = sorted({100 * share for values in found.values() for share in values})
     axes.set_xticks(shares, [f"{share:g}" for share in shares])
     axes.minorticks_off()
@@ -196,8 +196,8 @@ def with_less_data(found, baseline):
     """[Picture, Table] of accuracy by share of the training data, and sentences. found: `comparison.by_fraction`."""
     most, table, texts = max(found[baseline]), [], []
     for kind, shares in found.items():
-        saved = {share: (points(much, 0), ends(interval, 0)) for share, (much, interval) in
-                 (comparison.saved(shares, found[baseline]) if kind != baseline else {}).items()}
+        saved = {share: (points(ratio[0], 0), ends(ratio[1], 0)) for share, ratio in
+                 (comparison.saved(shares, found[baseline]) if kind != baseline else {}).items() if ratio}
         for share, seeds in shares.items():
             row = comparison.compare_values({"all": found[baseline][most], kind: seeds}, "all")[1]
             own = list(seeds.values())

@@ -226,6 +226,9 @@ def test_less_data_is_compared_with_the_baseline_on_all_of_it():
         low, high = map(float, rows["gradcam++", share][9].split(" to "))
         assert float(rows["gradcam++", share][8]) == pytest.approx(saves, abs=2) and low < saves < high
     assert rows["none", "50"][8:] == ["–", "–"]
+    flat = {share: dict(enumerate([0.8, 0.9, 0.7])) for share in (0.5, 1.0)}  # more data: nothing, so nothing to save
+    assert comparison.saved({0.5: dict(enumerate([0.9, 0.8, 0.9]))}, flat) == {0.5: None}
+    assert comparison.saved({0.5: {0: 0.9, 1: 0.8}}, {0.5: {0: 0.8, 1: 0.7}, 1.0: {0: 0.5, 1: 0.41}}) == {0.5: None}
 
 
 def test_arms_on_other_shares_that_no_arm_has_twice_say_nothing_of_less_data():
