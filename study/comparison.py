@@ -183,8 +183,8 @@ def saved(kind, baseline):
 
     On a share s the arm is as good as the baseline would be on s * 2^r: r is its gain on s, over seeds, divided by what
     the baseline gains there from a doubling (from the next smaller share to the next larger one), and 1 - 2^-r is
-    saved; below 0, that much more is needed. The interval is Fieller's (`statistics.ratio_interval`). None: the baseline
-    may gain nothing from more data, and then the ratio may be anything. kind, baseline: as in `by_fraction`.
+    saved; below 0, that much more is needed. The interval is Fieller's (`statistics.ratio_interval`). None where the
+    baseline may gain nothing from more data, for then the ratio may be anything. kind, baseline: as in `by_fraction`.
     """
     found, shares = {}, list(baseline)
     for place, share in enumerate(shares):

@@ -28,11 +28,11 @@ IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80,
           "asl-rooms": (725, 870), "asl": (2030, 4060)}  # val, test
 # The figure of question 1: the sets, as {title: (folder, the name of an arm there)}, and what is compared with what.
 SETS = {"sign language": ("arms-asl", "{}"), "hand signs": ("arms-sign", "{}"),
-        "hand signs, ViT": ("arms-sign", "vit, {}"), "actions": ("arms-bar", "{}"), "solar cells": ("arms-elpv", "{}"),
-        "digits": ("arms", "{}-train_fraction=0.05")}
+        "hand signs, ViT": ("arms-sign", "vit, {}"), "hand signs, 64 pixels": ("share-sign", "{}-train_fraction=0.1"),
+        "actions": ("arms-bar", "{}"), "solar cells": ("arms-elpv", "{}"), "digits": ("arms", "{}-train_fraction=0.05")}
 PAIRS = [(arm, "none") for arm in ("gradcam", "gradcam++", "layercam", "random place", "coolest", "random images",
-                                   "random erasing", "cutmix", "trivialaugment", "cutmix and gradcam", "staged",
-                                   "snapshot", "extra", "none, longer")]
+                                   "random erasing", "cutmix", "trivialaugment", "cutmix and gradcam",
+                                   "trivialaugment and gradcam", "staged", "snapshot", "extra", "none, longer")]
 PAIRS += [("gradcam", control) for control in ("random place", "coolest", "random images", "random erasing")]
 PAIRS += [("extra", "none, longer"), ("late gradcam", "none"), ("late random place", "none"),
           ("late gradcam", "late random place")]
