@@ -129,6 +129,7 @@ def side_by_side(sets, label):
         draw_dots(axes, rows, 100, names)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", nbins=4)
         axes.grid(axis="y", color="0.92")
     figure.supxlabel(label, fontsize=9)
     return figure

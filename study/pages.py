@@ -27,14 +27,16 @@ IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80,
           "sign-digits": (206, 633), "pacs-photo": (167, 333), "bar": (195, 654), "pacs": (240, 960),
           "asl-rooms": (725, 870), "asl": (2030, 4060)}  # val, test
 # The figure of question 1: the sets, as {title: (folder, the name of an arm there)}, and what is compared with what.
-SETS = {"sign language": ("arms-asl", "{}"), "hand signs": ("arms-sign", "{}"),
-        "hand signs, ViT": ("arms-sign", "vit, {}"), "hand signs, 64 pixels": ("share-sign", "{}-train_fraction=0.1"),
-        "actions": ("arms-bar", "{}"), "solar cells": ("arms-elpv", "{}"), "digits": ("arms", "{}-train_fraction=0.05")}
+SETS = {"sign language": ("arms-asl", "{}"), "all its frames": ("arms-asl-whole", "{}"),
+        "hand signs": ("arms-sign", "{}"), "hand signs, 64 pixels": ("arms-tenth", "{}"), "actions": ("arms-bar", "{}"),
+        "solar cells": ("arms-elpv", "{}"), "digits": ("arms", "{}-train_fraction=0.05")}
 PAIRS = [(arm, "none") for arm in ("gradcam", "gradcam++", "layercam", "random place", "coolest", "random images",
                                    "random erasing", "cutmix", "trivialaugment", "cutmix and gradcam",
                                    "trivialaugment and gradcam", "staged", "extra")]
 PAIRS += [("gradcam", control) for control in ("random place", "coolest", "random images", "random erasing")]
-PAIRS += [("late gradcam", "none"), ("late random place", "none"), ("late gradcam", "late random place")]
+PAIRS += [("late gradcam", "none"), ("late random place", "none"), ("late gradcam", "late random place"),
+          ("vit, gradcam", "vit"), ("gradcam, longer", "none, longer"), ("extra", "none, longer"),
+          ("trivialaugment and gradcam", "trivialaugment")]
 ANSWERS = re.compile(r"(?<=<!-- made by python -m study\.pages -->\n).*(?=<!-- end -->)", re.DOTALL)
 WIDTH = 120
 
@@ -213,7 +215,7 @@ def in_sets(results):
     for title, (folder, name) in SETS.items():
         there = runs(folder) if exists(f"{folder}/runs") else {}
         for pair in PAIRS:
-            arm, against = (name.format(arm).replace("vit, none", "vit") for arm in pair)
+            arm, against = (name.format(arm) for arm in pair)
             if arm in there and against in there:
                 row = results.pair(folder, arm, against) | {"arm": " − ".join(pair)}
                 found.setdefault(title, []).append(row)
