@@ -184,7 +184,8 @@ def saved(kind, baseline):
     On a share s the arm is as good as the baseline would be on s * 2^r: r is its gain on s, over seeds, divided by what
     the baseline gains there from a doubling (from the next smaller share to the next larger one), and 1 - 2^-r is
     saved; below 0, that much more is needed. The interval is Fieller's (`statistics.ratio_interval`). None where the
-    baseline may gain nothing from more data, for then the ratio may be anything. kind, baseline: as in `by_fraction`.
+    baseline may gain nothing from more data, for then the ratio may be anything, or so little that r is more than 10: a
+    slope between measured shares says nothing of a thousand times the data. kind, baseline: as in `by_fraction`.
     """
     found, shares = {}, list(baseline)
     for place, share in enumerate(shares):
@@ -193,7 +194,8 @@ def saved(kind, baseline):
         if seeds and low < high:
             gains = [kind[share][seed] - baseline[share][seed] for seed in seeds]
             doubling = [(baseline[high][seed] - baseline[low][seed]) / np.log2(high / low) for seed in seeds]
-            interval = statistics.ratio_interval(gains, doubling) if np.mean(doubling) > 0 else None
+            near = abs(np.mean(gains)) < 10 * np.mean(doubling)
+            interval = statistics.ratio_interval(gains, doubling) if near else None
             found[share] = interval and (1 - 2 ** -(np.mean(gains) / np.mean(doubling)),
                                          tuple(1 - 2**-end for end in interval))
     return found

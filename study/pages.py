@@ -96,6 +96,14 @@ class Results:
         """`pair` of several arms with one; suffix: behind the name of each."""
         return [self.pair(folder, arm + suffix, baseline + suffix, part) for arm in arms]
 
+    def elsewhere(self, folder, arm, against):
+        """`pair` of the runs that were first made on another kind of processor, as they came out there."""
+        had = {row["run"]: float(row["test %"]) / 100 for row in table("repeats")
+               if row["experiment"] == folder and row["instructions"].endswith("AMD")}
+        values = [{seed: had[f"{name}-s{seed}"] for seed in runs(folder)[name] if f"{name}-s{seed}" in had}
+                  for name in (arm, against)]
+        return self.compare(arm, *values, folder=folder, against=against, part="test %, other processor")
+
     def over_shares(self, folder, arm, against):
         """`pair` on validation, of the mean over 5 and 10% of the training data."""
         both = [{seed: np.mean([runs(folder, "val %")[f"{name}-train_fraction={share}"][seed] for share in (0.05, 0.1)])
@@ -133,7 +141,7 @@ class Results:
     def render(self, template):
         """A template's text with its figures, wrapped."""
         here = (exists, runs, cell, text, mean, level, exact, answered, sooner, zip, self.pair, self.versus,
-                self.over_shares, self.misled, self.family)
+                self.elsewhere, self.over_shares, self.misled, self.family)
         names = {each.__name__: each for each in here} | {"interval": statistics.interval, "table": table}
         made = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         made.filters |= {"span": lambda row, digits=2, scale=100: figures.span(row, digits, scale),

@@ -229,6 +229,10 @@ def test_less_data_is_compared_with_the_baseline_on_all_of_it():
     flat = {share: dict(enumerate([0.8, 0.9, 0.7])) for share in (0.5, 1.0)}  # more data: nothing, so nothing to save
     assert comparison.saved({0.5: dict(enumerate([0.9, 0.8, 0.9]))}, flat) == {0.5: None}
     assert comparison.saved({0.5: {0: 0.9, 1: 0.8}}, {0.5: {0: 0.8, 1: 0.7}, 1.0: {0: 0.5, 1: 0.41}}) == {0.5: None}
+    little = {share: {0: share * 0.01, 1: share * 0.011} for share in (0.5, 1.0)}  # 0.5 points a doubling
+    for worse, told in ((0.04, True), (0.06, False)):
+        kind = {0.5: {seed: value - worse for seed, value in little[0.5].items()}}
+        assert bool(comparison.saved(kind, little)[0.5]) == told
 
 
 def test_arms_on_other_shares_that_no_arm_has_twice_say_nothing_of_less_data():
