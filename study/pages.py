@@ -27,7 +27,8 @@ IMAGES = {"digits": (179, 359), "faint_digits": (110, 164), "noisy_digits": (80,
           "sign-digits": (206, 633), "pacs-photo": (167, 333), "bar": (195, 654), "pacs": (240, 960),
           "asl-rooms": (725, 870), "asl": (2030, 4060)}  # val, test
 # The figure of question 1: the sets, as {title: (folder, the name of an arm there)}, and what is compared with what.
-SETS = {"sign language": ("arms-asl", "{}"), "all its frames": ("arms-asl-whole", "{}"),
+SETS = {"sign language": ("arms-asl", "{}"), "all its frames": ("arms-asl-pretrained", "{}"),
+        "all its frames, ResNet": ("arms-asl-whole", "{}"),
         "hand signs": ("arms-sign", "{}"), "hand signs, 64 pixels": ("arms-tenth", "{}"), "actions": ("arms-bar", "{}"),
         "solar cells": ("arms-elpv", "{}"), "digits": ("arms", "{}-train_fraction=0.05")}
 PAIRS = [(arm, "none") for arm in ("gradcam", "gradcam++", "layercam", "random place", "coolest", "random images",
