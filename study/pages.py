@@ -100,7 +100,7 @@ class Results:
     def elsewhere(self, folder, arm, against):
         """`pair` of the runs that were first made on another kind of processor, as they came out there."""
         had = {row["run"]: float(row["test %"]) / 100 for row in table("repeats")
-               if row["experiment"] == folder and row["instructions"].endswith("AMD")}
+               if row["experiment"] == folder and row["instructions"] == "AVX512, then AMD's"}
         values = [{seed: had[f"{name}-s{seed}"] for seed in runs(folder)[name] if f"{name}-s{seed}" in had}
                   for name in (arm, against)]
         return self.compare(arm, *values, folder=folder, against=against, part="test %, other processor")
